@@ -1,0 +1,1 @@
+"""Other libraries' pipelines as sources of time. Loaded only once the library itself is."""

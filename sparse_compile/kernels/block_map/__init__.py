@@ -1,0 +1,1 @@
+"""From cluster centroids to the keep bitmap of a Plan."""

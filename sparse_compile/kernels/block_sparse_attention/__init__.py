@@ -1,0 +1,1 @@
+"""Exact attention over the key groups that a Plan keeps."""

@@ -1,0 +1,1 @@
+"""Stable counting sort of labels."""

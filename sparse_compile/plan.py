@@ -1,0 +1,79 @@
+"""The Plan: which key groups each query group attends to; and the state that makes the next one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+BITS_PER_WORD = 32
+
+
+class TensorSpec(NamedTuple):
+    """Shape, dtype and device of one tensor of state. Sizes may be symbolic while a graph is being written."""
+
+    shape: tuple[int | torch.SymInt, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which key groups each query group attends to.
+
+    Query groups partition the queries of one (batch, head), key groups the keys. The **last** group of either side
+    holds padding: it exists in every Plan, is empty where there is none, and no row keeps the last key group.
+
+    Shapes (B batch, H query heads, Hkv key heads, Gq and Gk groups, S tokens):
+        q_order int32 [B, H, Sq] or None (identity): the token at each position of the grouped order
+        q_offsets int32 [B, H, Gq + 1]: bounds of the groups in the grouped order; first 0, last Sq
+        k_order int32 [B, Hkv, Sk] or None, k_offsets int32 [B, Hkv, Gk + 1]: the same for the keys
+        keep int32 [B, H, Gq, ceil(Gk / 32)]: bit j % 32 of word j // 32 is set where a row attends to key group j
+    """
+
+    q_order: Tensor | None
+    q_offsets: Tensor
+    k_order: Tensor | None
+    k_offsets: Tensor
+    keep: Tensor
+
+    @property
+    def key_groups(self) -> int:
+        """Number of key groups Gk, the padding group included."""
+        return self.k_offsets.shape[-1] - 1
+
+    def kept(self) -> Tensor:
+        """The bitmap as bool [B, H, Gq, Gk]."""
+        return unpack_bits(self.keep, self.key_groups)
+
+    def density(self) -> Tensor:
+        """Attended pairs over valid pairs, float32 [B, H]; padding counts on neither side (svg2.md, section 11).
+
+        1.0 where there is no valid pair. Products are taken in float64: at 720p one head has 6e9 pairs.
+        """
+        q_sizes = self.q_offsets.diff().double()
+        k_sizes = self.k_offsets.diff().double()
+        k_sizes = k_sizes.repeat_interleave(q_sizes.shape[1] // k_sizes.shape[1], dim=1)
+        row_keys = (self.kept().double() @ k_sizes.unsqueeze(-1)).squeeze(-1)
+        pairs = (row_keys * q_sizes)[..., :-1].sum(-1)
+        valid = q_sizes[..., :-1].sum(-1) * k_sizes[..., :-1].sum(-1)
+        return torch.where(valid > 0, pairs / valid.clamp(min=1), 1.0).float()
+
+
+def pack_bits(kept: Tensor) -> Tensor:
+    """Pack bool [..., G] into int32 [..., ceil(G / 32)], lowest bit first."""
+    groups = kept.shape[-1]
+    words = -(-groups // BITS_PER_WORD)
+    padded = torch.nn.functional.pad(kept, (0, words * BITS_PER_WORD - groups))
+    weights = 2 ** torch.arange(BITS_PER_WORD, device=kept.device)
+    packed = (padded.unflatten(-1, (words, BITS_PER_WORD)) * weights).sum(-1)
+    return torch.where(packed >= 2**31, packed - 2**32, packed).to(torch.int32)
+
+
+def unpack_bits(packed: Tensor, groups: int) -> Tensor:
+    """Undo `pack_bits`: int32 [..., W] to bool [..., groups]."""
+    shifts = torch.arange(BITS_PER_WORD, device=packed.device, dtype=torch.int32)
+    bits = (packed.unsqueeze(-1) >> shifts) & 1
+    return bits.flatten(-2)[..., :groups].bool()

@@ -1,0 +1,1 @@
+"""What lives between calls: the clock, the layers and their state, the report."""

@@ -1,0 +1,1 @@
+"""Planners: each turns a site into the ops of one sparse-attention method."""

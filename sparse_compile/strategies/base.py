@@ -1,0 +1,91 @@
+"""What a sparse-attention method is to the compiler.
+
+A method is one class that satisfies `Strategy`. It says which phases it has, which phase a call is in, which tensors it
+keeps between calls, and which ops stand in for the attention; it touches neither FX nor kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    from torch.fx import Node
+
+    from sparse_compile.config import Config
+    from sparse_compile.phases import Moment, Phase
+    from sparse_compile.plan import TensorSpec
+    from sparse_compile.sites import Reason, Site
+
+Side = Literal["query", "key"]
+
+
+class GraphBuilder(Protocol):
+    """Writes one site: gives its tensors by name and adds ops of ``torch.ops.sparse_compile``."""
+
+    query: Node
+    key: Node
+    value: Node
+    scale: float
+    """The softmax scale, resolved: 1 / sqrt(D) where the call gave none."""
+    kernel: str
+    """Which implementation the ops use; the last argument of each op."""
+
+    def state(self, name: str) -> Node:
+        """The state tensor that `Strategy.state` declared under this name."""
+
+    def log(self) -> Node:
+        """The call log of this layer and branch, the argument ``log`` of each sparse attention op."""
+
+    def video_spans(self, side: Side) -> list[Any]:
+        """Bounds [start, stop, start, stop, …] of the visual tokens: ints, or nodes where sizes are symbolic."""
+
+    def valid(self, side: Side) -> Node | None:
+        """bool [B or 1, S]: False where the token is padding; None where no mask was given."""
+
+    def padded_queries_attend(self) -> bool:
+        """Whether padding queries attend to the valid keys (key-padding mask) or give 0 (outer-product mask)."""
+
+    def token_major(self) -> bool:
+        """Whether the dense attention laid its output out as [B, S, H, D] in memory; the ops do the same."""
+
+    def call(self, op: str, *arguments: Any) -> Node:
+        """Add ``torch.ops.sparse_compile.<op>``; the kernel choice is appended as last argument."""
+
+    def item(self, result: Node, index: int) -> Node:
+        """Output ``index`` of an op with several outputs."""
+
+
+@runtime_checkable
+class Strategy(Protocol):
+    """A sparse-attention method. Instances hold no state: one serves all models of the process."""
+
+    @property
+    def name(self) -> str:
+        """The value of the option ``method`` that selects it."""
+
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        """The phases its layers can be in."""
+
+    def phase(self, moment: Moment, searched: int | None, config: Config) -> Phase:
+        """The phase of a layer's call.
+
+        Args:
+            moment: the step of the call, and of how many.
+            searched: the step of this layer and branch's last search that returned; None: never, so it must not be
+                sparse.
+            config: the options of the compilation.
+        """
+
+    def state(self, site: Site, config: Config) -> Mapping[str, TensorSpec]:
+        """The tensors one layer keeps per branch. They start as zeros, and are zeroed for each generation.
+
+        Sizes may be built from the symbolic sizes in ``site.query.meta["example_value"].shape``.
+        """
+
+    def unsupported_reason(self, site: Site, config: Config) -> Reason | None:
+        """Why this method leaves the site dense, or None."""
+
+    def write(self, build: GraphBuilder, site: Site, phase: Phase) -> Node:
+        """Write the ops of ``phase`` (never `Phase.DENSE`) and return the node of the attention output."""
