@@ -15,8 +15,7 @@ from sparse_compile.config import Config
 from sparse_compile.errors import SparseAttentionError, StrictModeError
 
 if TYPE_CHECKING:
-    from sparse_compile.attachment import attach, denoising, disable, enable
-    from sparse_compile.runtime.report import explain
+    from sparse_compile.api import attach, denoising, disable, enable, explain
     from sparse_compile.strategies.base import Strategy
 
 __version__ = "0.1.0"
@@ -34,11 +33,11 @@ __all__ = [
 
 _LAZY = {
     "Strategy": "sparse_compile.strategies.base",
-    "attach": "sparse_compile.attachment",
-    "denoising": "sparse_compile.attachment",
-    "disable": "sparse_compile.attachment",
-    "enable": "sparse_compile.attachment",
-    "explain": "sparse_compile.runtime.report",
+    "attach": "sparse_compile.api",
+    "denoising": "sparse_compile.api",
+    "disable": "sparse_compile.api",
+    "enable": "sparse_compile.api",
+    "explain": "sparse_compile.api",
 }
 
 

@@ -7,6 +7,8 @@ from enum import Enum, StrEnum
 from typing import TYPE_CHECKING, Self
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     import torch
     from torch import fx
 
@@ -135,6 +137,14 @@ class TokenPart:
         return self.role in VISUAL_ROLES
 
 
+    def moved(self, old_to_new: Mapping[fx.Node, fx.Node]) -> TokenPart:
+        """This part in a copy of its graph."""
+        if isinstance(self.size, tuple):
+            node, dim = self.size
+            return replace(self, size=(old_to_new[node], dim))
+        return self
+
+
 @dataclass(frozen=True)
 class TokenLayout:
     """Whose tokens lie where on a token axis, in order."""
@@ -151,6 +161,10 @@ class TokenLayout:
         """(frames, height, width) of the longest visual part where the graph tells, else ()."""
         grids = [(part.length, part.grid) for part in self.parts if part.visual and len(part.grid) > 1]
         return max(grids)[1] if grids else ()
+
+    def moved(self, old_to_new: Mapping[fx.Node, fx.Node]) -> TokenLayout:
+        """This layout in a copy of its graph."""
+        return TokenLayout(tuple(part.moved(old_to_new) for part in self.parts))
 
     def __str__(self) -> str:
         return "+".join(f"{part.role}:{part.length}" for part in self.parts)
@@ -176,6 +190,8 @@ class Site:
     query_sizes: tuple[int, ...] = ()
     key_sizes: tuple[int, ...] = ()
     value_sizes: tuple[int, ...] = ()
+    output_strides: tuple[int, ...] = ()
+    """Strides of the attention's own result (hints)."""
     nested: bool = False
     """In a sub-graph (gradient checkpointing), where nothing is rewritten."""
     owner: fx.Node | None = None
@@ -208,6 +224,24 @@ class Site:
     def sparse(self) -> bool:
         """Whether it was decided that this site becomes sparse."""
         return self.decision is not None and self.decision.sparse
+
+    def moved(self, old_to_new: Mapping[fx.Node, fx.Node]) -> Self:
+        """This site in a copy of its graph."""
+
+        def move(node: fx.Node | None) -> fx.Node | None:
+            return None if node is None else old_to_new[node]
+
+        return replace(
+            self,
+            node=old_to_new[self.node],
+            query=old_to_new[self.query],
+            key=old_to_new[self.key],
+            value=old_to_new[self.value],
+            mask=move(self.mask),
+            owner=move(self.owner),
+            layout=None if self.layout is None else self.layout.moved(old_to_new),
+            key_layout=None if self.key_layout is None else self.key_layout.moved(old_to_new),
+        )
 
     def decided(self, reason: Reason | None, note: str = "") -> Self:
         """This site with a decision."""

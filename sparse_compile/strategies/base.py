@@ -7,6 +7,7 @@ keeps between calls, and which ops stand in for the attention; it touches neithe
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
@@ -23,13 +24,25 @@ Side = Literal["query", "key"]
 class GraphBuilder(Protocol):
     """Writes one site: gives its tensors by name and adds ops of ``torch.ops.sparse_compile``."""
 
-    query: Node
-    key: Node
-    value: Node
-    scale: float
-    """The softmax scale, resolved: 1 / sqrt(D) where the call gave none."""
-    kernel: str
-    """Which implementation the ops use; the last argument of each op."""
+    @property
+    def query(self) -> Node:
+        """The node of the query, [B, H, Sq, D]."""
+
+    @property
+    def key(self) -> Node:
+        """The node of the key, [B, Hkv, Sk, D]."""
+
+    @property
+    def value(self) -> Node:
+        """The node of the value, [B, Hkv, Sk, Dv]."""
+
+    @property
+    def config(self) -> Config:
+        """The options of the compilation."""
+
+    @property
+    def scale(self) -> float:
+        """The softmax scale: 1 / sqrt(D) where the call gave none."""
 
     def state(self, name: str) -> Node:
         """The state tensor that `Strategy.state` declared under this name."""
@@ -41,10 +54,10 @@ class GraphBuilder(Protocol):
         """Bounds [start, stop, start, stop, …] of the visual tokens: ints, or nodes where sizes are symbolic."""
 
     def valid(self, side: Side) -> Node | None:
-        """bool [B or 1, S]: False where the token is padding; None where no mask was given."""
+        """Bool [B or 1, S]: False where the token is padding; None where no mask was given."""
 
     def padded_queries_attend(self) -> bool:
-        """Whether padding queries attend to the valid keys (key-padding mask) or give 0 (outer-product mask)."""
+        """Whether padding queries attend to the valid keys (key-padding mask) or give 0 (outer product)."""
 
     def token_major(self) -> bool:
         """Whether the dense attention laid its output out as [B, S, H, D] in memory; the ops do the same."""
@@ -73,8 +86,8 @@ class Strategy(Protocol):
 
         Args:
             moment: the step of the call, and of how many.
-            searched: the step of this layer and branch's last search that returned; None: never, so it must not be
-                sparse.
+            searched: the step of this layer and branch's last search that returned; None: never, so it must not
+                be sparse.
             config: the options of the compilation.
         """
 
@@ -89,3 +102,15 @@ class Strategy(Protocol):
 
     def write(self, build: GraphBuilder, site: Site, phase: Phase) -> Node:
         """Write the ops of ``phase`` (never `Phase.DENSE`) and return the node of the attention output."""
+
+
+@dataclass(frozen=True, eq=False)
+class Planner:
+    """A strategy with the options of a compilation. One per distinct Config, so it is compared by identity."""
+
+    strategy: Strategy
+    config: Config
+
+    def phase(self, moment: Moment, searched: int | None) -> Phase:
+        """`Strategy.phase` under these options."""
+        return self.strategy.phase(moment, searched, self.config)

@@ -1,0 +1,53 @@
+# One environment in .venv, made once from constraints.txt; every other target uses it.
+PYTHON ?= python3
+PIP_ARGS ?=
+TORCH_VERSIONS ?= 2.11.0 2.13.0
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: help venv demo test test-slow lint options-table torch-versions
+
+help:
+	@echo "make demo            generate small videos, dense and sparse, and compare them"
+	@echo "make test            the tests that take seconds"
+	@echo "make test-slow       the tests that compile models"
+	@echo "make lint            ruff and mypy"
+	@echo "make options-table   write the options table into README.md"
+	@echo "make torch-versions  the quick tests under each of TORCH_VERSIONS ($(TORCH_VERSIONS))"
+	@echo "make venv            only make .venv"
+
+venv: $(STAMP)
+
+$(STAMP): constraints.txt pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed") if sys.version_info < (3, 11) else None'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install $(PIP_ARGS) -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: $(STAMP)
+	$(BIN)/sparse-attn demo $(DEMO_ARGS)
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -m slow
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+options-table: $(STAMP)
+	$(BIN)/python -m sparse_compile.cli.options_table --write README.md
+
+torch-versions:
+	set -e; for version in $(TORCH_VERSIONS); do \
+	  folder=build/torch-$$version; \
+	  test -d $$folder || $(PYTHON) -m venv $$folder; \
+	  sed "s/^torch==.*/torch==$$version/" constraints.txt > $$folder/constraints.txt; \
+	  $$folder/bin/python -m pip install $(PIP_ARGS) -q -c $$folder/constraints.txt -e '.[dev]'; \
+	  $$folder/bin/python -m pytest; \
+	done

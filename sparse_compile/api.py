@@ -1,0 +1,135 @@
+"""What users call: give a model a clock, switch a pipeline over, ask what happened."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import nn
+
+from sparse_compile.errors import SparseAttentionError
+from sparse_compile.runtime.clock import Clock
+from sparse_compile.runtime.registry import REGISTRY
+from sparse_compile.runtime.report import Report, build_report
+
+BACKEND = "sparse_attn"
+
+
+def attach(pipe: object) -> Clock:
+    """Let a diffusers pipeline tell the time to its transformers.
+
+    A pipeline is also found by itself, on the call stack, when its transformer is compiled or first runs; attaching it
+    beforehand makes the very first call of the first step part of a named branch too.
+
+    Args:
+        pipe: a diffusers pipeline with a scheduler and one or more transformers.
+
+    Raises:
+        SparseAttentionError: it is no such pipeline, or another clock drives its transformer.
+    """
+    try:
+        from sparse_compile.integrations.diffusers import attach_pipeline
+    except ImportError:
+        raise SparseAttentionError(
+            "attach needs diffusers",
+            type(pipe).__name__,
+            "Install it (pip install diffusers), or use `sparse_compile.denoising(model, steps=...)`.",
+        ) from None
+    return attach_pipeline(pipe)
+
+
+@contextlib.contextmanager
+def denoising(model: nn.Module, steps: int) -> Iterator[Clock]:
+    """Tell the time to a bare model for one generation.
+
+        with sparse_compile.denoising(model, steps=50) as clock:
+            for t in timesteps:
+                with clock.branch("cond"):
+                    noise = model(x, t, text)
+                x = …
+                clock.step()
+
+    Args:
+        model: the module, compiled or not; its Parameters are claimed until the block ends.
+        steps: denoising steps.
+
+    Raises:
+        SparseAttentionError: another clock drives the model, or fewer than one step.
+    """
+    if not isinstance(model, nn.Module):
+        raise SparseAttentionError("denoising needs a module", type(model).__name__, "Give the transformer itself.")
+    clock = Clock()
+    REGISTRY.claim(_original(model), clock)
+    try:
+        clock.start(steps)
+        yield clock
+    finally:
+        REGISTRY.release(clock)
+
+
+def enable(pipe: Any, *, regional: bool = False, **options: object) -> Clock:
+    """Compile a pipeline's transformers in place with this backend, and attach the pipeline.
+
+    Args:
+        pipe: a diffusers pipeline.
+        regional: compile the repeated blocks only (faster to compile; not every model names them).
+        options: see `Config`.
+
+    Raises:
+        SparseAttentionError: as `attach`; or an option is unknown or out of range.
+    """
+    from sparse_compile.config import Config
+
+    Config.from_options(options)
+    clock = attach(pipe)
+    for model in _models_of(pipe).values():
+        if regional:
+            model.compile_repeated_blocks(backend=BACKEND, options=options)  # type: ignore[operator]  # diffusers' method
+        else:
+            model.compile(backend=BACKEND, options=options)
+    return clock
+
+
+def disable(pipe: Any) -> None:
+    """Undo `enable` and `attach`: the transformers run as they were, and nothing drives a clock."""
+    from sparse_compile.integrations.diffusers import clock_of
+
+    clock = clock_of(pipe)
+    if clock is not None:
+        REGISTRY.detach(clock)
+    for model in _models_of(pipe).values():
+        for module in model.modules():
+            module._compiled_call_impl = None
+
+
+def explain(model_or_pipe: Any) -> Report:
+    """What was rewritten, why the rest was not, and what each step of each generation cost and kept.
+
+    Args:
+        model_or_pipe: a module (compiled or not) or a diffusers pipeline.
+
+    Raises:
+        SparseAttentionError: it is neither.
+    """
+    return build_report(_models_of(model_or_pipe), REGISTRY)
+
+
+def _models_of(model_or_pipe: Any) -> Mapping[str, nn.Module]:
+    if isinstance(model_or_pipe, nn.Module):
+        return {"": _original(model_or_pipe)}
+    components = getattr(model_or_pipe, "components", None)
+    if not isinstance(components, dict):
+        raise SparseAttentionError(
+            "explain needs a module or a diffusers pipeline", type(model_or_pipe).__name__, "Give the transformer or the pipeline."
+        )
+    from sparse_compile.integrations.diffusers import denoisers
+
+    models = denoisers(model_or_pipe)
+    return {"": next(iter(models.values()))} if len(models) == 1 else models
+
+
+def _original(model: nn.Module) -> nn.Module:
+    """The module below torch.compile's wrapper."""
+    original: nn.Module = getattr(model, "_orig_mod", model)
+    return original

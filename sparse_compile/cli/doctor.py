@@ -1,0 +1,141 @@
+"""``sparse-attn doctor``: is everything there that the backend needs?"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import os
+import platform
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from sparse_compile.config import ENV_PREFIX, FOREIGN_VARIABLES, LATER_OPTIONS, Config, declared_options
+from sparse_compile.errors import SparseAttentionError
+
+BACKEND = "sparse_attn"
+OLDEST_TORCH = (2, 11)
+LEAST_RECOMPILE_LIMIT = 8
+"""Below torch's own default, Dynamo gives up before all phases of a model are compiled."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report. A problem says what is wrong and what to do."""
+
+    subject: str
+    value: str
+    problem: str = ""
+
+    def __str__(self) -> str:
+        line = f"{'wrong' if self.problem else 'ok':<6} {self.subject:<16} {self.value}"
+        return f"{line}\n{'':23} {self.problem}" if self.problem else line
+
+
+def run(_: argparse.Namespace) -> int:
+    """Print every finding; 1 when one is a problem."""
+    findings = [
+        *check_versions(),
+        *check_devices(),
+        check_cpp_compiler(os.environ),
+        check_backend(),
+        check_recompile_limit(),
+        *check_environment(os.environ),
+    ]
+    for finding in findings:
+        print(finding)
+    problems = sum(bool(finding.problem) for finding in findings)
+    print(f"\n{problems} problem(s) found." if problems else "\nEverything the backend needs is there.")
+    return 1 if problems else 0
+
+
+def check_versions() -> list[Finding]:
+    """Python and the packages that matter; only torch can be too old."""
+    installed = str(torch.__version__)
+    major, minor = (int(part) for part in installed.split(".")[:2])
+    wanted = ".".join(map(str, OLDEST_TORCH))
+    problem = (
+        f"torch >= {wanted} is needed: pip install --upgrade torch" if (major, minor) < OLDEST_TORCH else ""
+    )
+    return [
+        Finding("python", platform.python_version()),
+        Finding("sparse_compile", _version("sparse_compile")),
+        Finding("torch", installed, problem),
+        Finding("triton", _version("triton")),
+        Finding("diffusers", _version("diffusers")),
+    ]
+
+
+def check_devices() -> list[Finding]:
+    """What torch can compute on."""
+    cpu = f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} thread(s)"
+    findings = [Finding("cpu", cpu)]
+    for index in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(index)
+        findings.append(Finding(f"cuda:{index}", f"{torch.cuda.get_device_name(index)}, sm_{major}{minor}"))
+    return findings
+
+
+def check_cpp_compiler(environ: Mapping[str, str]) -> Finding:
+    """Inductor writes C++ for the CPU."""
+    candidates = [environ["CXX"]] if environ.get("CXX") else ["g++", "clang++"]
+    for name in candidates:
+        if path := shutil.which(name.split()[0]):
+            return Finding("c++ compiler", path)
+    return Finding(
+        "c++ compiler",
+        f"not found ({', '.join(candidates)})",
+        "torch.compile needs one on the CPU: install g++, or set CXX.",
+    )
+
+
+def check_backend() -> Finding:
+    """Does ``torch.compile(model, backend="sparse_attn")`` find us?"""
+    if BACKEND not in torch.compiler.list_backends():
+        return Finding(
+            "backend",
+            f"{BACKEND!r} is not among torch's backends",
+            "The entry point is missing: install the package (pip install -e . in a checkout).",
+        )
+    (entry_point,) = importlib.metadata.entry_points(group="torch_dynamo_backends", name=BACKEND)
+    try:
+        entry_point.load()
+    except (ImportError, AttributeError) as error:
+        return Finding("backend", entry_point.value, f"It does not load: {error}. Install the package again.")
+    return Finding("backend", f"{BACKEND} = {entry_point.value}")
+
+
+def check_recompile_limit() -> Finding:
+    """Each phase is a compilation; at the limit Dynamo runs the model eagerly."""
+    limit = int(torch._dynamo.config.recompile_limit)
+    problem = ""
+    if limit < LEAST_RECOMPILE_LIMIT:
+        problem = f"Set torch._dynamo.config.recompile_limit to {LEAST_RECOMPILE_LIMIT} or more."
+    return Finding("recompile_limit", str(limit), problem)
+
+
+def check_environment(environ: Mapping[str, str]) -> list[Finding]:
+    """The ``SPARSE_ATTN_*`` variables: unknown names and values that are refused."""
+    ours = {name: value for name, value in environ.items() if name.startswith(ENV_PREFIX)}
+    known = {ENV_PREFIX + name.upper() for name in (*declared_options(), *LATER_OPTIONS)} | FOREIGN_VARIABLES
+    findings = []
+    for name in sorted(ours):
+        if name not in known:
+            findings.append(Finding(name, ours[name], "No such option; see the options table in README.md."))
+            continue
+        try:
+            Config.from_options({}, {name: ours[name]})
+        except SparseAttentionError as error:
+            findings.append(Finding(name, ours[name], str(error)))
+        else:
+            findings.append(Finding(name, ours[name]))
+    return findings or [Finding("environment", f"no {ENV_PREFIX}* variable is set")]
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,65 @@
+"""The options table of README.md, made from `Config`.
+
+python -m sparse_compile.cli.options_table                      print it
+python -m sparse_compile.cli.options_table --write README.md    put it between its markers
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from sparse_compile.config import ENV_PREFIX, Config, declared_options
+from sparse_compile.errors import SparseAttentionError
+
+BEGIN = "<!-- options: begin (make options-table writes what follows) -->"
+END = "<!-- options: end -->"
+
+
+def options_table() -> str:
+    """The table as Markdown: one row an option, in the order of `Config`."""
+    defaults = Config()
+    lines = ["| option | default | values | meaning |", "| --- | --- | --- | --- |"]
+    for name, option in declared_options().items():
+        default = _shown(getattr(defaults, name), option.accepts)
+        lines.append(f"| `{name}` | {default} | {option.accepts} | {option.doc} |")
+    return "\n".join(lines)
+
+
+def with_table(text: str) -> str:
+    """The text with the table between its two markers replaced.
+
+    Raises:
+        SparseAttentionError: the markers are missing.
+    """
+    head, begin, rest = text.partition(BEGIN)
+    _, end, tail = rest.partition(END)
+    if not begin or not end:
+        raise SparseAttentionError("the text must hold both markers", f"{BEGIN} … {END}", "Add them.")
+    return f"{head}{BEGIN}\n{options_table()}\n{END}{tail}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the table, or write it into a file."""
+    parser = argparse.ArgumentParser(
+        description=f"The options table; variables are {ENV_PREFIX} + upper case."
+    )
+    parser.add_argument("--write", type=Path, metavar="FILE", help="write it between the markers of FILE")
+    target = parser.parse_args(arguments).write
+    if target is None:
+        print(options_table())
+    else:
+        target.write_text(with_table(target.read_text()))
+    return 0
+
+
+def _shown(default: object, accepts: str) -> str:
+    if default is None:
+        return "auto" if "auto" in accepts else "none"
+    return str(default).lower() if isinstance(default, bool) else str(default)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

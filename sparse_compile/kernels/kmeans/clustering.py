@@ -1,0 +1,99 @@
+"""The k-means driver that all implementations share: classes of tokens, Lloyd iterations, orders (svg2.md, 4-8)."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from sparse_compile.kernels.kmeans import cpu, reference
+from sparse_compile.kernels.permutation.reference import sort_labels
+
+IMPLEMENTATIONS: dict[str, ModuleType] = {"cpu": cpu, "reference": reference}
+
+
+def cluster(
+    x: Tensor,
+    valid: Tensor | None,
+    video_spans: list[int],
+    centroids: Tensor,
+    restart: bool,
+    iterations: int,
+    seed: int,
+    role: str,
+    implementation: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Cluster the visual tokens of x, and group all tokens: clusters, then text, then padding.
+
+    Source: SVG2 (arXiv 2505.18875); flash-kmeans (arXiv 2603.09229).
+    Shapes: x [B, H, S, D], any strides; valid bool [B or 1, S] or None; video_spans [start, stop, …];
+        centroids [B, H, C, D], read unless ``restart``, then overwritten with the means rounded to their dtype.
+    Returns: order int32 [B, H, S]; offsets int32 [B, H, C + 3]; means float32 [B, H, C, D] of exactly the returned
+        labels (an empty cluster keeps its centroid); and how many valid vectors were not finite, int64 [].
+
+    Each (b, h) is a problem of its own, so that a batch equals its items bit for bit.
+    """
+    batches, heads, tokens, size = x.shape
+    clusters = centroids.shape[2]
+    steps = IMPLEMENTATIONS[implementation]
+    video = _inside(video_spans, tokens, x.device)
+    labels = torch.empty((batches, heads, tokens), dtype=torch.int32, device=x.device)
+    means = torch.empty((batches, heads, clusters, size), dtype=torch.float32, device=x.device)
+    non_finite = torch.zeros((), dtype=torch.int64, device=x.device)
+    for batch in range(batches):
+        present = _present(valid, batch, tokens, x.device)
+        for head in range(heads):
+            own = x[batch, head]
+            finite = steps.countable(own)
+            included = video & present & finite
+            if restart:
+                start = steps.stratified_sample(own, included, clusters, seed, role, head)
+            else:
+                start = centroids[batch, head]
+            nearest, renewed = lloyd(own, included, start, iterations, steps)
+            labels[batch, head] = _group_of(nearest, video, present, clusters)
+            means[batch, head] = renewed
+            centroids[batch, head] = renewed
+            non_finite = non_finite + (present & ~finite).sum()
+    order, offsets = sort_labels(labels, clusters + 2)
+    return order, offsets, means, non_finite
+
+
+def lloyd(
+    x: Tensor, included: Tensor, start: Tensor, iterations: int, steps: ModuleType
+) -> tuple[Tensor, Tensor]:
+    """Alternate assignment and update; return the last labels int32 [S] and the means [C, D] of exactly these.
+
+    Centroids stay in float32 between iterations; only the assignment rounds them (section 5.1).
+    """
+    means = start.to(reference.compute_dtype(x.dtype))
+    labels = None
+    for _ in range(iterations):
+        previous = labels
+        labels = steps.assign(x, means, included)
+        if steps.STOPS_AT_FIXED_POINT and previous is not None and torch.equal(labels, previous):
+            break  # equal labels have equal means, so every further iteration would repeat this one
+        means = steps.update(x, labels, included, means)
+    assert labels is not None, "at least one iteration"
+    return labels, means
+
+
+def _inside(spans: list[int], tokens: int, device: torch.device) -> Tensor:
+    """Which token positions lie in one of the spans [start, stop, …]: bool [S]."""
+    position = torch.arange(tokens, device=device)
+    inside = torch.zeros((tokens,), dtype=torch.bool, device=device)
+    for start, stop in zip(spans[::2], spans[1::2], strict=True):
+        inside = inside | ((position >= start) & (position < stop))
+    return inside
+
+
+def _present(valid: Tensor | None, batch: int, tokens: int, device: torch.device) -> Tensor:
+    if valid is None:
+        return torch.ones((tokens,), dtype=torch.bool, device=device)
+    return valid[batch if valid.shape[0] > 1 else 0]
+
+
+def _group_of(nearest: Tensor, video: Tensor, present: Tensor, clusters: int) -> Tensor:
+    """Group of each token: its cluster, C for text, C + 1 for padding, which wins."""
+    return torch.where(present, torch.where(video, nearest, clusters), clusters + 1)

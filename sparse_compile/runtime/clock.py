@@ -1,0 +1,215 @@
+"""The Clock: the one place where time enters.
+
+A Clock knows the generation, the step of how many, and the CFG branch. It claims models; whenever it moves, it sets the
+phase of each of their layers. Guards and graphs only ever read that phase.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+import threading
+import weakref
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from sparse_compile.config import layer_ranges
+from sparse_compile.errors import SparseAttentionError, StrictModeError
+from sparse_compile.phases import Moment, Phase
+
+if TYPE_CHECKING:
+    from sparse_compile.runtime.state import Layer
+    from sparse_compile.strategies.base import Planner
+
+_generations = itertools.count(1)  # numbers are never reused, so state of another clock is never taken for this one's
+
+
+class Claim:
+    """One model under one Clock: the order of its layers, per Planner, and how many there are."""
+
+    def __init__(self, clock: Clock, model: nn.Module) -> None:
+        self.clock = clock
+        self.model = weakref.ref(model)
+        self.allocations = 0
+        """Grows whenever a layer makes new state tensors, so that gathered lists of them can be checked."""
+        self.mismatches = 0
+        """Calls whose graph was not the one of the layers' phase (a guard_filter_fn dropped the guard)."""
+        self.planners: set[Planner] = set()
+        """Planners under which a graph of this model was compiled."""
+        self.sparse_calls = 0
+        """Calls of this generation that were not dense."""
+        self._layers: dict[Planner, list[weakref.ref[Layer]]] = {}
+        self._counts: dict[Planner, int] = {}
+
+    def add(self, layer: Layer) -> None:
+        """Take a layer that is called for the first time."""
+        known = self._layers.setdefault(layer.planner, [])
+        layer.claim = self
+        layer.index = len(known)
+        known.append(weakref.ref(layer))
+        layer.kept_dense = self._keeps_dense(layer.index, layer.planner)
+        layer.refresh()
+
+    def layers(self) -> Iterator[Layer]:
+        """The living layers, in the order of their first calls."""
+        for references in self._layers.values():
+            yield from (layer for reference in references if (layer := reference()) is not None)
+
+    def phase_of_new_layer(self, planner: Planner, ahead: int) -> Phase:
+        """The phase of a layer never called, with ``ahead`` other new ones before it."""
+        if self._keeps_dense(len(self._layers.get(planner, ())) + ahead, planner):
+            return Phase.DENSE
+        return planner.phase(self.clock.moment, None)
+
+    def restart(self) -> None:
+        """A generation starts: layers are counted anew, so that each generation decides as the first one did."""
+        self._counts.clear()
+        self.sparse_calls = 0
+        self._move(count=False)
+
+    def step(self) -> None:
+        """The clock has moved to another step."""
+        self._move(count=True)
+
+    def refresh(self) -> None:
+        """The clock has entered or left a branch."""
+        for layer in self.layers():
+            layer.refresh()
+
+    def check_strict(self) -> None:
+        """Raise where a strict generation has ended without any sparse call.
+
+        Raises:
+            StrictModeError: nothing became sparse.
+        """
+        planners = self.planners | self._layers.keys()
+        strict = [p for p in planners if p.config.strict and p.config.method != "dense"]
+        if strict and not self.sparse_calls:
+            raise StrictModeError(
+                "under strict, some attention must become sparse in each generation",
+                f"{self.clock.steps} steps of {type(self.model()).__name__}, all dense",
+                "See sparse_compile.explain(model) for the reason of each site; lower min_tokens or dense_steps.",
+            )
+
+    def _move(self, count: bool) -> None:
+        if count:
+            self._counts = {planner: len(known) for planner, known in self._layers.items()}
+        for layer in self.layers():
+            layer.calls = 0
+            layer.kept_dense = self._keeps_dense(layer.index, layer.planner)
+            layer.refresh()
+
+    def _keeps_dense(self, index: int, planner: Planner) -> bool:
+        return keeps_dense(index, self._counts.get(planner), planner.config.dense_layers)
+
+
+def keeps_dense(index: int, count: int | None, dense_layers: float | int | str) -> bool:
+    """Whether the option ``dense_layers`` keeps a layer dense.
+
+    Args:
+        index: place of the layer in the order of first calls.
+        count: number of layers, None while it is not known: then each layer that a share or a negative number could
+            name is kept dense.
+        dense_layers: a share (rounded down, svg2.md section 10), a count, or ranges such as ``0-2,-1``.
+    """
+    if isinstance(dense_layers, str):
+        ranges = layer_ranges(dense_layers)
+        if count is None and any(first < 0 for first, _ in ranges):
+            return True
+        at = [index, index - (count or 0) if count is not None else index]
+        return any(first <= place <= last for first, last in ranges for place in at)
+    if isinstance(dense_layers, int):
+        return index < dense_layers
+    if count is None:
+        return dense_layers > 0
+    return index < math.floor(dense_layers * count + 1e-9)
+
+
+class Clock:
+    """Generation, step of how many, and branch. Steps count from 0."""
+
+    def __init__(self) -> None:
+        self.generation = next(_generations)
+        self.moment = Moment(0, 0)
+        self.branch_name: str | None = None
+        self.running = threading.Lock()
+        """Held while a compiled graph of one of the models runs: one generation at a time."""
+        self._claims: list[Claim] = []
+        self._branch_thread: int | None = None
+
+    @property
+    def steps(self) -> int:
+        """Steps of this generation."""
+        return self.moment.steps
+
+    def claim(self, model: nn.Module) -> Claim:
+        """Take a model; the Registry files its Parameters."""
+        claim = Claim(self, model)
+        self._claims.append(claim)
+        return claim
+
+    def start(self, steps: int, step: int = 0) -> None:
+        """Start a generation: everything kept from an earlier one is void.
+
+        Args:
+            steps: denoising steps of the generation, at least 1.
+            step: the first step; above 0 where a pipeline skips the noisiest ones (image to image).
+
+        Raises:
+            SparseAttentionError: fewer than one step.
+        """
+        if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
+            raise SparseAttentionError(
+                "a generation needs a whole number of steps, at least 1", steps, "Give the sampler's number of steps."
+            )
+        self.generation = next(_generations)
+        self.moment = Moment(step, steps)
+        for claim in self._claims:
+            claim.restart()
+
+    def step(self, to: int | None = None) -> None:
+        """Move to the next step, or to step ``to``.
+
+        Raises:
+            StrictModeError: the last step has ended and nothing became sparse, under strict.
+        """
+        self.moment = Moment(self.moment.step + 1 if to is None else to, self.moment.steps)
+        for claim in self._claims:
+            claim.step()
+        if self.moment.step == self.moment.steps:
+            for claim in self._claims:
+                claim.check_strict()
+
+    @contextlib.contextmanager
+    def branch(self, name: str) -> Iterator[None]:
+        """The calls inside belong to this CFG branch ("cond", "uncond", …).
+
+        Raises:
+            SparseAttentionError: another thread is inside a branch of the same clock.
+        """
+        here = threading.get_ident()
+        if self._branch_thread not in (None, here):
+            raise one_at_a_time(name)
+        outer, self._branch_thread, self.branch_name = (self._branch_thread, self.branch_name), here, name
+        self._refresh()
+        try:
+            yield
+        finally:
+            self._branch_thread, self.branch_name = outer
+            self._refresh()
+
+    def _refresh(self) -> None:
+        for claim in self._claims:
+            claim.refresh()
+
+
+def one_at_a_time(value: object) -> SparseAttentionError:
+    """The error for two generations of one model at the same time."""
+    return SparseAttentionError(
+        "a model runs one generation at a time: its attention keeps state from step to step",
+        value,
+        "Give each thread its own model, or take turns.",
+    )

@@ -1,0 +1,197 @@
+"""The Region: what Dynamo calls in place of the traced frame.
+
+It holds positions, specifications and the compiled function; never a Parameter, a model or a state tensor.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from sparse_compile.call_log import log_spec
+from sparse_compile.errors import SparseAttentionError
+from sparse_compile.phases import Phase
+from sparse_compile.plan import TensorSpec
+from sparse_compile.runtime.clock import Claim, one_at_a_time
+from sparse_compile.runtime.registry import Registry
+from sparse_compile.runtime.report import SiteRecord
+from sparse_compile.runtime.state import Branch, Call, LayerGroup, allocate
+from sparse_compile.strategies.base import Planner
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Slot:
+    """The state inputs of one rewritten site: whose they are, and their shapes (ints or sympy expressions)."""
+
+    owner: int
+    """Position of its layer among the Region's layers."""
+    ordinal: int
+    specs: tuple[TensorSpec, ...]
+
+
+class Region:
+    """Finds each layer's state for the branch at hand, appends it to the arguments, runs, and tells the layers.
+
+    Args:
+        compiled: the lowered graph.
+        phase: what the graph was written for.
+        planner: whose layers.
+        registry: where layers are found.
+        owners: positions, among the arguments, of the Parameters that name the layers.
+        slots: the rewritten sites, in the order of the graph's state inputs.
+        symbols: positions of symbolic sizes among the arguments, and their sympy symbols.
+        records: what the report says of each site, with the position of its Parameter.
+    """
+
+    def __init__(
+        self,
+        compiled: Callable[..., Any],
+        phase: Phase,
+        planner: Planner,
+        registry: Registry,
+        owners: Sequence[int],
+        slots: Sequence[Slot],
+        symbols: Mapping[int, Any],
+        records: Sequence[tuple[int, SiteRecord]],
+    ) -> None:
+        self._compiled = compiled
+        self._phase = phase
+        self._planner = planner
+        self._registry = registry
+        self._owners = tuple(owners)
+        self._slots = tuple(slots)
+        self._symbols = dict(symbols)
+        self._records = tuple(records)
+        self._sparse_owners = frozenset(slot.owner for slot in slots)
+        self._resolved: dict[tuple[int, ...], list[list[TensorSpec]]] = {}
+
+    def __call__(self, *args: Any) -> Any:
+        """Run the graph on Dynamo's arguments."""
+        group = self._group(args)
+        claim = group.layers[0].claim or self._seek_clock(group)
+        if claim is None:
+            return self._compiled(*args, *self._empty_state(args))
+        if not claim.clock.running.acquire(blocking=False):
+            raise one_at_a_time("two calls at the same time")
+        try:
+            self._check_phase(group, claim)
+            branch = group.layers[0].branch()
+            state, fresh = self._state(group, claim, branch, args)
+            out = self._compiled(*args, *state)
+        except BaseException:
+            self._recount_rows(group)
+            raise
+        finally:
+            claim.clock.running.release()
+        self._returned(group, claim, branch, fresh)
+        return out
+
+    # ------------------------------------------------------------------ layers
+
+    def _group(self, args: Sequence[Any]) -> LayerGroup:
+        parameters = [args[position] for position in self._owners]
+        lead = self._registry.layer(parameters[0], self._planner)
+        group = lead.groups.get(self)
+        if group is None or not group.holds(parameters):
+            layers = tuple(self._registry.layer(parameter, self._planner) for parameter in parameters)
+            group = lead.groups[self] = LayerGroup(tuple(map(weakref.ref, parameters)), layers)
+            for position, record in self._records:
+                self._registry.record_site(args[position], record)
+        return group
+
+    def _seek_clock(self, group: LayerGroup) -> Claim | None:
+        """A pipeline on the call stack, else nobody tells the time: dense, and one warning."""
+        if self._registry.find_clock() and group.layers[0].claim is not None:
+            return group.layers[0].claim
+        if self._planner.config.strict:
+            raise SparseAttentionError(
+                "under strict, a model needs a clock",
+                "none attached",
+                "Call it inside `with sparse_compile.denoising(model, steps=...)`, or attach its pipeline.",
+            )
+        self._registry.warn_no_clock()
+        return None
+
+    def _check_phase(self, group: LayerGroup, claim: Claim) -> None:
+        speaker = next((layer for layer in group.layers if not layer.kept_dense), group.layers[0])
+        if speaker.phase is not self._phase:
+            claim.mismatches += 1
+
+    def _returned(self, group: LayerGroup, claim: Claim, branch: Branch, fresh: bool) -> None:
+        clock = claim.clock
+        step = clock.moment.step
+        searched = self._phase in (Phase.SEARCH, Phase.REFINE)
+        if self._phase is not Phase.DENSE:
+            claim.sparse_calls += 1
+        # A sparse call that had to make its state attended to everything; the next call searches.
+        lost = fresh and not searched
+        moved = searched or lost or clock.branch_name is None
+        for position, layer in enumerate(group.layers):
+            phase, row = Phase.DENSE, None
+            if position in self._sparse_owners:
+                state = layer.branches[branch]
+                phase, row = self._phase, state.rows
+                state.rows += 1
+                if searched or lost:
+                    state.searched = step if searched else None
+            layer.calls += 1
+            layer.history.append(Call(clock.generation, step, branch, phase, row))
+            if moved:
+                layer.refresh()
+
+    def _recount_rows(self, group: LayerGroup) -> None:
+        """After a failed call: some layers may have written their row, so ask the device how many there are."""
+        with contextlib.suppress(Exception):  # the device itself may be what failed
+            for position in self._sparse_owners:
+                group.layers[position].recount_rows()
+
+    # ------------------------------------------------------------------ state
+
+    def _state(
+        self, group: LayerGroup, claim: Claim, branch: Branch, args: Sequence[Any]
+    ) -> tuple[list[Tensor], bool]:
+        """The state inputs of the graph, and whether any had to be made."""
+        if not self._slots:
+            return [], False
+        generation = claim.clock.generation
+        if not self._symbols:
+            made, allocations, tensors = group.gathered.get(branch, (0, 0, []))
+            if made == generation and allocations == claim.allocations:
+                return tensors, False
+        tensors, fresh = [], False
+        for slot, specs in zip(self._slots, self._specs(args), strict=True):
+            layer = group.layers[slot.owner]
+            found, new = layer.tensors(layer.state(branch, generation), slot.ordinal, specs)
+            tensors += found
+            fresh = fresh or new
+        group.gathered[branch] = (generation, claim.allocations, tensors)
+        return tensors, fresh
+
+    def _specs(self, args: Sequence[Any]) -> list[list[TensorSpec]]:
+        values = tuple(args[position] for position in self._symbols)
+        if values not in self._resolved:
+            known = dict(zip(self._symbols.values(), values, strict=True))
+            self._resolved[values] = [[_resolve(spec, known) for spec in slot.specs] for slot in self._slots]
+        return self._resolved[values]
+
+    def _empty_state(self, args: Sequence[Any]) -> list[Tensor]:
+        """State that nobody keeps: the ops take zeros as "attend to everything"."""
+        tensors = []
+        for specs in self._specs(args):
+            tensors += [allocate(spec) for spec in (*specs, log_spec(specs[0].device))]
+        return tensors
+
+
+def _resolve(spec: TensorSpec, values: Mapping[Any, int]) -> TensorSpec:
+    shape = tuple(size if isinstance(size, int) else int(size.xreplace(values)) for size in spec.shape)  # type: ignore[attr-defined]  # a sympy expression
+    return TensorSpec(shape, spec.dtype, spec.device)
+
+

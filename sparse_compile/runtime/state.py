@@ -1,0 +1,144 @@
+"""Layers: one attention of one model instance, its phase, and what it keeps for each CFG branch."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections import deque
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sparse_compile.call_log import log_spec, read_rows
+from sparse_compile.phases import Phase
+from sparse_compile.plan import TensorSpec
+from sparse_compile.strategies.base import Planner
+
+if TYPE_CHECKING:
+    from sparse_compile.runtime.clock import Claim
+
+HISTORY = 1024
+"""Calls per layer that the report can look back on."""
+
+Branch = Hashable
+"""The name that a pipeline gives to a CFG branch, or the ordinal of the layer's call within the step."""
+
+_allocation = threading.Lock()
+
+
+class Call(NamedTuple):
+    """One returned call of a layer, as the host saw it."""
+
+    generation: int
+    step: int
+    branch: Branch
+    phase: Phase
+    row: int | None
+    """Its row in the branch's call log; None for a call that wrote none."""
+
+
+@dataclass
+class BranchState:
+    """What one layer keeps for one branch. Tensors stay at their address from generation to generation."""
+
+    generation: int
+    searched: int | None = None
+    """Step of the last search that returned; None: not ready."""
+    tensors: dict[int, list[Tensor]] = field(default_factory=dict)
+    """State tensors by the ordinal of the site among those of this layer."""
+    logs: dict[int, Tensor] = field(default_factory=dict)
+    rows: int = 0
+    """Rows written to each log so far."""
+
+
+class Layer:
+    """One attention of one model instance under one Planner. It dies with its Parameter."""
+
+    def __init__(self, planner: Planner) -> None:
+        self.planner = planner
+        self.phase = Phase.DENSE
+        """The phase of the next call; the guard compares only this."""
+        self.claim: Claim | None = None
+        self.index = 0
+        """Its place in the order of first calls of its model."""
+        self.kept_dense = False
+        """Whether `dense_layers` keeps it dense for the whole generation."""
+        self.calls = 0
+        """Calls returned in the current step."""
+        self.branches: dict[Branch, BranchState] = {}
+        self.history: deque[Call] = deque(maxlen=HISTORY)
+        self.groups: dict[object, LayerGroup] = {}
+        """The layers that each Region runs together with this one as the first."""
+
+    def branch(self) -> Branch:
+        """The branch of the next call."""
+        named = self.claim.clock.branch_name if self.claim is not None else None
+        return self.calls if named is None else named
+
+    def searched(self) -> int | None:
+        """Step of the last search of the next call's branch in this generation."""
+        state = self.branches.get(self.branch())
+        if state is None or self.claim is None or state.generation != self.claim.clock.generation:
+            return None
+        return state.searched
+
+    def refresh(self) -> None:
+        """Set the phase of the next call from the clock."""
+        if self.claim is None or self.kept_dense:
+            self.phase = Phase.DENSE
+        else:
+            self.phase = self.planner.phase(self.claim.clock.moment, self.searched())
+
+    def state(self, branch: Branch, generation: int) -> BranchState:
+        """The branch's state in this generation; what an earlier generation left is zeroed in place."""
+        state = self.branches.get(branch)
+        if state is None:
+            state = self.branches[branch] = BranchState(generation)
+        elif state.generation != generation:
+            with torch.inference_mode(False), torch.no_grad():
+                for tensor in (tensor for tensors in state.tensors.values() for tensor in tensors):
+                    tensor.zero_()
+            state.generation, state.searched = generation, None
+        return state
+
+    def recount_rows(self) -> None:
+        """Take the number of rows in each log from the device."""
+        for state in self.branches.values():
+            state.rows = max((read_rows(log)[0] for log in state.logs.values()), default=0)
+
+    def tensors(self, state: BranchState, ordinal: int, specs: Sequence[TensorSpec]) -> tuple[list[Tensor], bool]:
+        """The state tensors of one site, followed by its log; and whether they had to be made anew."""
+        found = state.tensors.get(ordinal)
+        fresh = found is None or [TensorSpec(tuple(t.shape), t.dtype, t.device) for t in found] != list(specs)
+        if found is None or fresh:
+            found = state.tensors[ordinal] = [allocate(spec) for spec in specs]
+            if self.claim is not None:
+                self.claim.allocations += 1
+        log = state.logs.get(ordinal)
+        spec = log_spec(specs[0].device)
+        if log is None or log.device != spec.device:
+            log = state.logs[ordinal] = allocate(spec)
+        return [*found, log], fresh
+
+
+def allocate(spec: TensorSpec) -> Tensor:
+    """Zeros that may be mutated inside and outside of inference mode."""
+    with _allocation, torch.inference_mode(False), torch.no_grad():
+        return torch.zeros(spec.shape, dtype=spec.dtype, device=spec.device)
+
+
+@dataclass
+class LayerGroup:
+    """The layers one Region runs together, and their state tensors in the order of the graph's inputs."""
+
+    owners: tuple[weakref.ref[torch.nn.Parameter], ...]
+    layers: tuple[Layer, ...]
+    gathered: dict[Branch, tuple[int, int, list[Tensor]]] = field(default_factory=dict)
+    """Per branch: generation, allocation count of the claim, tensors."""
+
+    def holds(self, parameters: Sequence[object]) -> bool:
+        """Whether it was made for exactly these Parameter objects."""
+        return all(owner() is parameter for owner, parameter in zip(self.owners, parameters, strict=True))

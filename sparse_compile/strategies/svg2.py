@@ -1,0 +1,132 @@
+"""SVG2: cluster queries and keys by k-means, keep the key clusters with the most mass.
+
+Source: Sparse VideoGen2 (arXiv 2505.18875). State: the centroids of queries and keys, from which the next call's
+k-means starts. Each call makes its own plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+
+from sparse_compile.phases import Moment, Phase
+from sparse_compile.plan import TensorSpec
+from sparse_compile.sites import Reason
+
+if TYPE_CHECKING:
+    from torch.fx import Node
+
+    from sparse_compile.config import Config
+    from sparse_compile.sites import Site
+    from sparse_compile.strategies.base import GraphBuilder
+
+Size = int | torch.SymInt
+
+TOKENS_PER_QUERY_CLUSTER, QUERY_CLUSTERS = 256, (32, 400)
+TOKENS_PER_KEY_CLUSTER, KEY_CLUSTERS = 76, (64, 1000)
+TOKENS_PER_CLUSTER_FLOOR = 4
+"""Below this many tokens per cluster there is nothing to gain (svg2.md, section 3)."""
+
+
+class Svg2:
+    """The phases: dense first steps, one search (k-means from scratch, attends sparsely), then sparse."""
+
+    name = "svg2"
+    phases = (Phase.DENSE, Phase.SEARCH, Phase.SPARSE)
+
+    def phase(self, moment: Moment, searched: int | None, config: Config) -> Phase:
+        """Dense for the first ``dense_steps``, then a search per generation and branch."""
+        if moment.step < moment.count(config.dense_steps):
+            return Phase.DENSE
+        return Phase.SEARCH if searched is None else Phase.SPARSE
+
+    def state(self, site: Site, config: Config) -> Mapping[str, TensorSpec]:
+        """Centroids in the dtype of q, and whether a search has filled them."""
+        batch, heads, q_tokens, dim = site.query.meta["example_value"].shape
+        _, kv_heads, k_tokens, _ = site.key.meta["example_value"].shape
+        q_clusters, k_clusters = query_clusters(q_tokens, config), key_clusters(k_tokens, config)
+        return {
+            "q_centroids": TensorSpec((batch, heads, q_clusters, dim), site.dtype, site.device),
+            "k_centroids": TensorSpec((batch, kv_heads, k_clusters, dim), site.dtype, site.device),
+            "ready": TensorSpec((1,), torch.int32, site.device),
+        }
+
+    def unsupported_reason(self, site: Site, config: Config) -> Reason | None:
+        """Too few tokens for the number of clusters, unless ``min_tokens`` says otherwise."""
+        if config.min_tokens is not None:
+            return None
+        video = 0 if site.layout is None else site.layout.video_tokens
+        k_floor = TOKENS_PER_CLUSTER_FLOOR * _clusters(config.k_clusters, video, TOKENS_PER_KEY_CLUSTER, KEY_CLUSTERS)
+        q_floor = TOKENS_PER_CLUSTER_FLOOR * _clusters(config.q_clusters, video, TOKENS_PER_QUERY_CLUSTER, QUERY_CLUSTERS)
+        return Reason.TOO_SHORT if video < max(k_floor, q_floor) else None
+
+    def write(self, build: GraphBuilder, site: Site, phase: Phase) -> Node:
+        """k-means, top-p plan, sparse attention; a search differs in how k-means starts and how long it runs."""
+        config = build.config
+        restart = phase is Phase.SEARCH
+        clusters = build.call(
+            "kmeans",
+            build.query,
+            build.key,
+            build.valid("query"),
+            build.valid("key"),
+            build.video_spans("query"),
+            build.video_spans("key"),
+            build.state("q_centroids"),
+            build.state("k_centroids"),
+            build.state("ready"),
+            restart,
+            config.kmeans_iters_init if restart else config.kmeans_iters,
+            config.seed,
+        )
+        q_order, q_offsets, q_means, k_order, k_offsets, k_means, non_finite = (
+            build.item(clusters, index) for index in range(7)
+        )
+        keep = build.call(
+            "plan_top_p",
+            q_means,
+            k_means,
+            q_offsets,
+            k_offsets,
+            build.state("ready"),
+            build.scale,
+            config.top_p,
+            config.min_kept,
+            config.density,
+            config.rank_by,
+            build.padded_queries_attend(),
+            config.seed,
+        )
+        attention = build.call(
+            "block_sparse_attention",
+            build.query,
+            build.key,
+            build.value,
+            q_order,
+            q_offsets,
+            k_order,
+            k_offsets,
+            keep,
+            non_finite,
+            build.log(),
+            build.scale,
+            build.token_major(),
+        )
+        return build.item(attention, 0)
+
+
+def query_clusters(tokens: Size, config: Config) -> Size:
+    """Number of query clusters Cq for a call with this many queries."""
+    return torch.sym_min(tokens, _clusters(config.q_clusters, tokens, TOKENS_PER_QUERY_CLUSTER, QUERY_CLUSTERS))
+
+
+def key_clusters(tokens: Size, config: Config) -> Size:
+    """Number of key clusters Ck for a call with this many keys."""
+    return torch.sym_min(tokens, _clusters(config.k_clusters, tokens, TOKENS_PER_KEY_CLUSTER, KEY_CLUSTERS))
+
+
+def _clusters(given: int | None, tokens: Size, per_cluster: int, bounds: tuple[int, int]) -> Size:
+    low, high = bounds
+    return torch.sym_max(low, torch.sym_min(high, tokens // per_cluster)) if given is None else given
