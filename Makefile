@@ -1,7 +1,7 @@
 # One environment in .venv, made once from constraints.txt; every other target uses it.
 PYTHON ?= python3
 PIP_ARGS ?=
-TORCH_VERSIONS ?= 2.11.0 2.13.0
+TORCH_VERSIONS ?= 2.11.0 2.13.0 2.15.0
 
 VENV := .venv
 BIN := $(VENV)/bin

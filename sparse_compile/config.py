@@ -11,6 +11,7 @@ import difflib
 import logging
 import math
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
@@ -148,7 +149,7 @@ def layer_ranges(text: str) -> tuple[tuple[int, int], ...]:
 
 
 def _method(value: object) -> str:
-    if not isinstance(value, str) or not value.isidentifier():
+    if not isinstance(value, str) or not all(word.isidentifier() for word in re.split("[.:]", value)):
         raise ValueError
     if value in LATER_METHODS:
         raise SparseAttentionError(
@@ -173,7 +174,7 @@ def _option(default: Any, parse: Parse, accepts: str, doc: str) -> Any:
 class Config:
     """All options of one compilation, checked. Equal options give equal Configs."""
 
-    method: str = _option("svg2", _method, "svg2, dense or the name of an installed plug-in", "which sparse attention")
+    method: str = _option("svg2", _method, "svg2, dense, an installed plug-in, or 'module:Strategy'", "which sparse attention")
     top_p: float = _option(
         0.9, _within(0, 1, open_low=True), "a number in (0, 1]", "SVG2: attention mass kept per query cluster"
     )

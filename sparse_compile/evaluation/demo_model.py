@@ -15,6 +15,8 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
 from torch import Tensor
 
+from sparse_compile.errors import SparseAttentionError
+
 CHECKPOINT = Path(__file__).parent / "tiny_video_dit"
 TEXT_DIM = 64
 SHIFT = 2.0
@@ -62,6 +64,9 @@ class Scene:
     ) -> Scene:
         """A scene in words: twice (shape, colour, texture, speed), then (pattern, colour) behind them."""
         words = (*behind, *front, *background)
+        for slot, word in zip(SLOTS, words, strict=True):
+            if word not in slot:
+                raise SparseAttentionError("a scene uses known words", word, f"Use one of {', '.join(slot)}.")
         return cls(tuple(slot.index(word) for slot, word in zip(SLOTS, words, strict=True)))
 
     def __str__(self) -> str:

@@ -195,6 +195,10 @@ class SiteBuilder:
         target = getattr(torch.ops.sparse_compile, op).default
         return self._with_meta(self.graph.call_function(target, (*arguments, self.kernel)))
 
+    def attention(self) -> fx.Node:
+        """Add the attention as it was."""
+        return self._with_meta(self.graph.node_copy(self.site.node))
+
     def item(self, result: fx.Node, index: int) -> fx.Node:
         """Take one of several outputs."""
         return self._with_meta(self.graph.call_function(operator.getitem, (result, index)))

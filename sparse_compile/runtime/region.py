@@ -21,7 +21,7 @@ from sparse_compile.plan import TensorSpec
 from sparse_compile.runtime.clock import Claim, one_at_a_time
 from sparse_compile.runtime.registry import Registry
 from sparse_compile.runtime.report import SiteRecord
-from sparse_compile.runtime.state import Branch, Call, LayerGroup, allocate
+from sparse_compile.runtime.state import Branch, Call, Gathered, LayerGroup, allocate
 from sparse_compile.strategies.base import Planner
 
 log = logging.getLogger(__name__)
@@ -70,7 +70,8 @@ class Region:
         self._slots = tuple(slots)
         self._symbols = dict(symbols)
         self._records = tuple(records)
-        self._sparse_owners = frozenset(slot.owner for slot in slots)
+        self._sparse_owners = tuple(dict.fromkeys(slot.owner for slot in slots))
+        self._dense_owners = tuple(owner for owner in range(len(owners)) if owner not in self._sparse_owners)
         self._resolved: dict[tuple[int, ...], list[list[TensorSpec]]] = {}
 
     def __call__(self, *args: Any) -> Any:
@@ -84,20 +85,20 @@ class Region:
         try:
             self._check_phase(group, claim)
             branch = group.layers[0].branch()
-            state, fresh = self._state(group, claim, branch, args)
-            out = self._compiled(*args, *state)
+            gathered, fresh = self._gather(group, claim, branch, args)
+            out = self._compiled(*args, *gathered.tensors)
         except BaseException:
             self._recount_rows(group)
             raise
         finally:
             claim.clock.running.release()
-        self._returned(group, claim, branch, fresh)
+        self._returned(group, claim, branch, gathered, fresh)
         return out
 
     # ------------------------------------------------------------------ layers
 
     def _group(self, args: Sequence[Any]) -> LayerGroup:
-        parameters = [args[position] for position in self._owners]
+        parameters = [*map(args.__getitem__, self._owners)]
         lead = self._registry.layer(parameters[0], self._planner)
         group = lead.groups.get(self)
         if group is None or not group.holds(parameters):
@@ -125,26 +126,29 @@ class Region:
         if speaker.phase is not self._phase:
             claim.mismatches += 1
 
-    def _returned(self, group: LayerGroup, claim: Claim, branch: Branch, fresh: bool) -> None:
+    def _returned(self, group: LayerGroup, claim: Claim, branch: Branch, gathered: Gathered, fresh: bool) -> None:
+        """Tell the layers. This runs once a call for all of them, so it makes as few objects as it can."""
         clock = claim.clock
         step = clock.moment.step
         searched = self._phase in (Phase.SEARCH, Phase.REFINE)
-        if self._phase is not Phase.DENSE:
-            claim.sparse_calls += 1
         # A sparse call that had to make its state attended to everything; the next call searches.
         lost = fresh and not searched
-        moved = searched or lost or clock.branch_name is None
-        for position, layer in enumerate(group.layers):
-            phase, row = Phase.DENSE, None
-            if position in self._sparse_owners:
-                state = layer.branches[branch]
-                phase, row = self._phase, state.rows
-                state.rows += 1
-                if searched or lost:
-                    state.searched = step if searched else None
+        for layer in group.layers:
             layer.calls += 1
-            layer.history.append(Call(clock.generation, step, branch, phase, row))
-            if moved:
+        if self._phase is not Phase.DENSE:
+            claim.sparse_calls += 1
+        call = Call(clock.generation, step, branch, Phase.DENSE, None)
+        for layer in map(group.layers.__getitem__, self._dense_owners):
+            layer.history.append(call)
+        for layer, state in zip(map(group.layers.__getitem__, self._sparse_owners), gathered.states, strict=True):
+            if call.row != state.rows:
+                call = Call(clock.generation, step, branch, self._phase, state.rows)
+            layer.history.append(call)
+            state.rows += 1
+            if searched or lost:
+                state.searched = step if searched else None
+        if searched or lost or clock.branch_name is None:
+            for layer in group.layers:
                 layer.refresh()
 
     def _recount_rows(self, group: LayerGroup) -> None:
@@ -155,25 +159,23 @@ class Region:
 
     # ------------------------------------------------------------------ state
 
-    def _state(
+    def _gather(
         self, group: LayerGroup, claim: Claim, branch: Branch, args: Sequence[Any]
-    ) -> tuple[list[Tensor], bool]:
+    ) -> tuple[Gathered, bool]:
         """The state inputs of the graph, and whether any had to be made."""
-        if not self._slots:
-            return [], False
         generation = claim.clock.generation
-        if not self._symbols:
-            made, allocations, tensors = group.gathered.get(branch, (0, 0, []))
-            if made == generation and allocations == claim.allocations:
-                return tensors, False
+        known = group.gathered.get(branch)
+        if known is not None and not self._symbols and known[:2] == (generation, claim.allocations):
+            return known, False
+        states = tuple(group.layers[owner].state(branch, generation) for owner in self._sparse_owners)
+        of_owner = dict(zip(self._sparse_owners, states, strict=True))
         tensors, fresh = [], False
         for slot, specs in zip(self._slots, self._specs(args), strict=True):
-            layer = group.layers[slot.owner]
-            found, new = layer.tensors(layer.state(branch, generation), slot.ordinal, specs)
+            found, new = group.layers[slot.owner].tensors(of_owner[slot.owner], slot.ordinal, specs)
             tensors += found
             fresh = fresh or new
-        group.gathered[branch] = (generation, claim.allocations, tensors)
-        return tensors, fresh
+        gathered = group.gathered[branch] = Gathered(generation, claim.allocations, tensors, states)
+        return gathered, fresh
 
     def _specs(self, args: Sequence[Any]) -> list[list[TensorSpec]]:
         values = tuple(args[position] for position in self._symbols)

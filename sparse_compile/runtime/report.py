@@ -139,13 +139,7 @@ class Report:
         lines += ["", f"{sparse} of {len(self.sites)} sites sparse, {self.compilations} compilations"]
         for number, generation in enumerate(self.generations, 1):
             lines += ["", f"generation {number}: {_summary(generation)}"]
-            lines += _table(
-                ("step", "branch", "phase", "density", "kept mass"),
-                [
-                    (str(s.step), s.branch, s.phase, f"{s.density:.3f}", "-" if s.kept_mass is None else f"{s.kept_mass:.3f}")
-                    for s in generation.steps
-                ],
-            )
+            lines += _table(("steps", "branch", "phase", "density", "kept mass"), _runs(generation.steps))
         return "\n".join(lines + [f"warning: {warning}" for warning in self.warnings])
 
 
@@ -240,6 +234,32 @@ def _summary(generation: GenerationReport) -> str:
     if generation.density is None:
         return f"{len(generation.steps)} calls, all dense"
     return f"density {generation.density:.3f} in sparse calls, density_run {generation.density_run:.3f} over all"
+
+
+def _runs(steps: list[StepReport]) -> list[tuple[str, ...]]:
+    """One row for each run of steps that a branch spent in one phase."""
+    runs: list[list[StepReport]] = []
+    open_runs: dict[str, list[StepReport]] = {}
+    for step in steps:
+        run = open_runs.get(step.branch)
+        if run is None or run[-1].phase != step.phase:
+            run = open_runs[step.branch] = []
+            runs.append(run)
+        run.append(step)
+    rows = []
+    for run in runs:
+        first, last = run[0], run[-1]
+        masses = [step.kept_mass for step in run if step.kept_mass is not None]
+        rows.append(
+            (
+                str(first.step) if first is last else f"{first.step}-{last.step}",
+                first.branch,
+                first.phase,
+                f"{_mean(step.density for step in run):.3f}",
+                f"{_mean(masses):.3f}" if masses else "-",
+            )
+        )
+    return rows
 
 
 def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import threading
 import weakref
 from collections import deque
@@ -130,15 +131,25 @@ def allocate(spec: TensorSpec) -> Tensor:
         return torch.zeros(spec.shape, dtype=spec.dtype, device=spec.device)
 
 
+class Gathered(NamedTuple):
+    """The state inputs of a graph for one branch, and for what they hold."""
+
+    generation: int
+    allocations: int
+    """The claim's count when they were gathered: it grows whenever any layer makes new tensors."""
+    tensors: list[Tensor]
+    states: tuple[BranchState, ...]
+    """Of the layers that run sparsely, in the Region's order."""
+
+
 @dataclass
 class LayerGroup:
     """The layers one Region runs together, and their state tensors in the order of the graph's inputs."""
 
     owners: tuple[weakref.ref[torch.nn.Parameter], ...]
     layers: tuple[Layer, ...]
-    gathered: dict[Branch, tuple[int, int, list[Tensor]]] = field(default_factory=dict)
-    """Per branch: generation, allocation count of the claim, tensors."""
+    gathered: dict[Branch, Gathered] = field(default_factory=dict)
 
     def holds(self, parameters: Sequence[object]) -> bool:
         """Whether it was made for exactly these Parameter objects."""
-        return all(owner() is parameter for owner, parameter in zip(self.owners, parameters, strict=True))
+        return all(map(operator.is_, parameters, map(operator.call, self.owners)))

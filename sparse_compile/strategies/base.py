@@ -65,6 +65,9 @@ class GraphBuilder(Protocol):
     def call(self, op: str, *arguments: Any) -> Node:
         """Add ``torch.ops.sparse_compile.<op>``; the kernel choice is appended as last argument."""
 
+    def attention(self) -> Node:
+        """Add the attention as it was."""
+
     def item(self, result: Node, index: int) -> Node:
         """Output ``index`` of an op with several outputs."""
 

@@ -1,11 +1,13 @@
 """Find a strategy by the value of the option ``method``.
 
 Other packages add one through the entry-point group ``sparse_compile.strategies``: the entry's name is the method, its
-value a class that satisfies `Strategy`.
+value a class that satisfies `Strategy`. A class that is in no package yet goes by ``module:Class``.
 """
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Callable
 from importlib.metadata import entry_points
 
 from sparse_compile.errors import SparseAttentionError
@@ -23,17 +25,30 @@ def load_strategy(method: str) -> Strategy:
     """
     if method in (Svg2.name, "dense"):
         return Svg2()
-    found = entry_points(group=GROUP, name=method)
-    if not found:
-        names = sorted({Svg2.name, "dense", *entry_points(group=GROUP).names})
+    strategy = _load_class(method)()
+    if not isinstance(strategy, Strategy):
         raise SparseAttentionError(
-            "option 'method' must name an installed strategy", method, f"Known: {', '.join(names)}."
-        )
-    strategy = next(iter(found)).load()()
-    if not isinstance(strategy, Strategy) or strategy.name != method:
-        raise SparseAttentionError(
-            f"the entry point {method!r} of {GROUP!r} must give a Strategy of that name",
-            type(strategy).__name__,
-            "See sparse_compile.Strategy for what it must have.",
+            f"method {method!r} must give a Strategy", type(strategy).__name__, "See sparse_compile.Strategy for what it must have."
         )
     return strategy
+
+
+def _load_class(method: str) -> Callable[[], object]:
+    """The class behind an entry point, or behind ``module:Class``."""
+    module, colon, name = method.partition(":")
+    if colon:
+        try:
+            found: Callable[[], object] = getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError) as error:
+            raise SparseAttentionError(
+                "a method of the form 'module:Class' must be importable", method, f"Importing it gave: {error}."
+            ) from error
+        return found
+    entries = entry_points(group=GROUP, name=method)
+    if not entries:
+        names = sorted({Svg2.name, "dense", *entry_points(group=GROUP).names})
+        raise SparseAttentionError(
+            "option 'method' must name an installed strategy", method, f"Known: {', '.join(names)}; or 'module:Class'."
+        )
+    loaded: Callable[[], object] = next(iter(entries)).load()
+    return loaded

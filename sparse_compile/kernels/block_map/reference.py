@@ -1,4 +1,4 @@
-"""Which key clusters each query cluster attends to, from their means and sizes (svg2.md, sections 4, 6 and 7).
+"""Which key clusters each query cluster attends to, from means and sizes (svg2.md, sections 4, 6 and 7).
 
 Plain torch on any device; nothing is read on the host. One (batch item, head) at a time, so that memory stays
 bounded and a batch equals its items bit for bit.
@@ -34,7 +34,8 @@ def plan_top_p(
     Source: SVG2 (arXiv 2505.18875).
     Shapes: q_means float32 [B, H, Cq, D]; k_means float32 [B, Hkv, Ck, D]; q_offsets int32 [B, H, Cq + 3];
         k_offsets int32 [B, Hkv, Ck + 3]; ready int32 [1].
-    Returns: int32 [B, H, Cq + 2, ceil((Ck + 2) / 32)]. A group without tokens is neither kept nor keeps anything.
+    Returns: int32 [B, H, Cq + 2, ceil((Ck + 2) / 32)]. A group without tokens is neither kept nor keeps
+        anything.
     """
     batches, heads, _, _ = q_means.shape
     shared = heads // k_means.shape[1]
@@ -52,7 +53,8 @@ def plan_top_p(
             rank = ranking(rank_by, similarity, mass, seed, head)
             kept = select(mass, rank, video_sizes, top_p, minimum, density)
             rows.append(add_special_groups(kept | attend_all, q_sizes, k_sizes, padded_queries_attend))
-    return pack_bits(torch.stack(rows)).unflatten(0, (batches, heads))
+    keep = pack_bits(torch.stack(rows))
+    return keep.view(batches, heads, *keep.shape[1:])
 
 
 def smallest_count(min_kept: float, clusters: int) -> int:
@@ -61,7 +63,7 @@ def smallest_count(min_kept: float, clusters: int) -> int:
 
 
 def scores(q_means: Tensor, k_means: Tensor, scale: float) -> Tensor:
-    """Scaled products of means [Cq, D] and [Ck, D]: [Cq, Ck] in float64, whatever the precision set for float32."""
+    """Scaled products of means [Cq, D] and [Ck, D]: [Cq, Ck] in float64, whatever precision is set."""
     return (q_means.double() @ k_means.double().t()) * scale
 
 
@@ -81,7 +83,7 @@ def ranking(rank_by: str, similarity: Tensor, mass: Tensor, seed: int, head: int
         return similarity
     row = torch.arange(mass.shape[0], device=mass.device).unsqueeze(1)
     column = torch.arange(mass.shape[1], device=mass.device)
-    return hash_counters(seed, head, row, column).to(mass.dtype)
+    return hash_counters(seed, head, row, column, device=mass.device).to(mass.dtype)
 
 
 def shares(mass: Tensor) -> Tensor:
@@ -120,15 +122,14 @@ def _exclusive_sum(x: Tensor) -> Tensor:
     return torch.nn.functional.pad(x, (1, 0))[..., :-1].cumsum(-1)
 
 
-def add_special_groups(
-    kept: Tensor, q_sizes: Tensor, k_sizes: Tensor, padded_queries_attend: bool
-) -> Tensor:
+def add_special_groups(kept: Tensor, q_sizes: Tensor, k_sizes: Tensor, padded_queries_attend: bool) -> Tensor:
     """Add the rows and columns of text and padding to the map of the video clusters (section 4).
 
-    Everyone attends to text and nobody to padding; text attends to everything valid, and so does padding if asked.
-    Bits of groups without tokens are cleared: they stand for no pair.
+    Everyone attends to text and nobody to padding; text attends to everything valid, and so does padding if
+    asked. Bits of groups without tokens are cleared: they stand for no pair.
 
-    Shapes: kept bool [Cq, Ck]; q_sizes int32 [Cq + 2]; k_sizes int32 [Ck + 2]. Returns: bool [Cq + 2, Ck + 2].
+    Shapes: kept bool [Cq, Ck]; q_sizes int32 [Cq + 2]; k_sizes int32 [Ck + 2]. Returns: bool [Cq + 2, Ck +
+        2].
     """
     rows = kept.shape[0]
     row = torch.arange(rows + 2, device=kept.device).unsqueeze(1)

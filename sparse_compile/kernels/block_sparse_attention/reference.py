@@ -1,6 +1,7 @@
 """Attention over the kept key groups in plain torch: the definition of correct (svg2.md, section 9).
 
-The plan is expanded to a mask over tokens, a bounded number of queries at a time. Nothing is read on the host.
+The plan is expanded to a mask over tokens, a bounded number of queries at a time. Nothing is read on the
+host.
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, out: Te
     Source: SVG2 (arXiv 2505.18875): exact softmax, renormalised over the kept keys.
     Shapes: q [B, H, Sq, D]; k [B, Hkv, Sk, D]; v [B, Hkv, Sk, Dv]; out [B, H, Sq, Dv]; any strides.
     Dtypes: q, k, v, out alike; computed in float32, or in float64 for float64 inputs.
-    Returns: natural log of the sum of exp(scale q.k) over the kept keys, float32 [B, H, Sq]. A row without a key
-        gives 0 and -inf.
+    Returns: natural log of the sum of exp(scale q.k) over the kept keys, float32 [B, H, Sq]. A row without a
+        key gives 0 and -inf.
 
-    Keys that a row does not keep never touch it, not even as NaN. A non-finite kept value gives NaN in its channel.
+    Keys that a row does not keep never touch it, not even as NaN. A non-finite kept value gives NaN in its
+    channel.
     """
     batches, heads, queries, _ = q.shape
     shared = heads // k.shape[1]
@@ -67,7 +69,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> tuple
     total = weights.sum(-1, keepdim=True)
     finite = torch.isfinite(v)
     result = (weights @ torch.where(finite, v, 0)) / torch.where(total == 0, 1, total)
-    # A weight of 0 times NaN is NaN, so values that are not finite take a way of their own to the rows that keep them.
+    # A weight of 0 times NaN is NaN, so values that are not finite take a way of their own to the rows that
+    # keep them.
     spoiled = mask.to(v.dtype) @ (~finite).to(v.dtype) > 0
     return torch.where(spoiled, math.nan, result), (total.log() + peak).squeeze(-1)
 

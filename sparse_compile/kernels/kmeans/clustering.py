@@ -1,4 +1,4 @@
-"""The k-means driver that all implementations share: classes of tokens, Lloyd iterations, orders (svg2.md, 4-8)."""
+"""The k-means driver of all implementations: token classes, Lloyd iterations, orders (svg2.md, 4, 5, 8)."""
 
 from __future__ import annotations
 
@@ -28,9 +28,11 @@ def cluster(
 
     Source: SVG2 (arXiv 2505.18875); flash-kmeans (arXiv 2603.09229).
     Shapes: x [B, H, S, D], any strides; valid bool [B or 1, S] or None; video_spans [start, stop, …];
-        centroids [B, H, C, D], read unless ``restart``, then overwritten with the means rounded to their dtype.
-    Returns: order int32 [B, H, S]; offsets int32 [B, H, C + 3]; means float32 [B, H, C, D] of exactly the returned
-        labels (an empty cluster keeps its centroid); and how many valid vectors were not finite, int64 [].
+        centroids [B, H, C, D], read unless ``restart``, then overwritten with the means rounded to their
+        dtype.
+    Returns: order int32 [B, H, S]; offsets int32 [B, H, C + 3]; means float32 [B, H, C, D] of exactly the
+        returned labels (an empty cluster keeps its centroid); and how many valid vectors were not finite,
+        int64 [].
 
     Each (b, h) is a problem of its own, so that a batch equals its items bit for bit.
     """
@@ -63,7 +65,7 @@ def cluster(
 def lloyd(
     x: Tensor, included: Tensor, start: Tensor, iterations: int, steps: ModuleType
 ) -> tuple[Tensor, Tensor]:
-    """Alternate assignment and update; return the last labels int32 [S] and the means [C, D] of exactly these.
+    """Alternate assignment and update; return the last labels int32 [S] and the means [C, D] of just these.
 
     Centroids stay in float32 between iterations; only the assignment rounds them (section 5.1).
     """

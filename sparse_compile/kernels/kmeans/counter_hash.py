@@ -5,18 +5,15 @@ Nothing here reads or advances torch's global generator, whose state belongs to 
 
 from __future__ import annotations
 
-from typing import TypeVar
-
+import torch
 from torch import Tensor
 
 MASK = 0xFFFFFFFF
 MULTIPLIER = 0x45D9F3B
 
-Word = TypeVar("Word", int, Tensor)
 
-
-def mix(word: Word) -> Word:
-    """Scramble 32-bit words (an int, or an int64 tensor) so that every input bit moves every output bit.
+def mix(word: Tensor) -> Tensor:
+    """Scramble 32-bit words in an int64 tensor, so that every input bit moves every output bit.
 
     Two rounds of xor-shift and multiply. The multiplier has 27 bits, so that no product leaves int64.
     """
@@ -25,16 +22,13 @@ def mix(word: Word) -> Word:
     return (word >> 16) ^ word
 
 
-def hash_counters(seed: int, *counters: int | Tensor) -> Tensor:
-    """Hash a seed and counters to int64 values in [0, 2**32); at least one counter is an int64 tensor.
+def hash_counters(seed: int, *counters: int | Tensor, device: torch.device) -> Tensor:
+    """Hash a seed and counters (ints or int64 tensors, which broadcast) to int64 values in [0, 2**32).
 
-    Counters broadcast. Their order matters: (1, 2) and (2, 1) give different values.
+    The order of the counters matters: (1, 2) and (2, 1) give different values.
     """
-    start = mix((seed & MASK) ^ mix((seed >> 32) & MASK))
-    state: int | Tensor = start
-    for counter in counters:
+    state = torch.zeros((), dtype=torch.int64, device=device)
+    for counter in (seed & MASK, (seed >> 32) & MASK, *counters):
         # The constant keeps a run of zero counters from standing still.
-        word = mix((counter + 0x9E3779B9) & MASK)
-        state = mix((word ^ state) & MASK)
-    assert isinstance(state, Tensor)
+        state = mix((state ^ (counter + 0x9E3779B9)) & MASK)
     return state

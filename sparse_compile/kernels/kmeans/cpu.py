@@ -45,7 +45,7 @@ def update(x: Tensor, labels: Tensor, included: Tensor, centroids: Tensor) -> Te
     clusters = centroids.shape[0]
     binned = torch.where(included, labels, clusters).to(torch.int64)
     sums = torch.zeros((clusters + 1, x.shape[1]), dtype=torch.float64)
-    for part, bins in zip(x.split(TOKENS_AT_ONCE), binned.split(TOKENS_AT_ONCE), strict=True):
+    for part, bins in zip(torch.split(x, TOKENS_AT_ONCE), torch.split(binned, TOKENS_AT_ONCE), strict=True):
         sums.index_add_(0, bins, part.double())
     counts = torch.bincount(binned, minlength=clusters + 1)
     return means_of_sums(sums[:clusters], counts[:clusters], centroids)

@@ -29,8 +29,8 @@ def fresh(x: Tensor, dtype: torch.dtype) -> Tensor:
 def countable(x: Tensor) -> Tensor:
     """Which tokens may enter scores and means: bool [S] for x [S, D].
 
-    A token is left out when a component is not finite, or when its squared norm comes so near the largest number
-    that scores could overflow. Hence every score against centroids made of the other tokens is finite.
+    A token is left out when a component is not finite, or when its squared norm comes so near the largest
+    number that scores could overflow. Hence every score against centroids made of the other tokens is finite.
     """
     compute = compute_dtype(x.dtype)
     squares = x.to(compute).square().sum(-1)
@@ -40,8 +40,8 @@ def countable(x: Tensor) -> Tensor:
 def scoring_operands(centroids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Centroids as the matrix product sees them, and their squared norms: [C, D] and [C].
 
-    Rounded to ``dtype`` first; the norms are those of the rounded values (svg2.md, section 5.1). A centroid whose
-    norm overflows is never the nearest one: its norm is inf and its products are 0 rather than NaN.
+    Rounded to ``dtype`` first; the norms are those of the rounded values (svg2.md, section 5.1). A centroid
+    whose norm overflows is never the nearest one: its norm is inf and its products are 0 rather than NaN.
     """
     compute = compute_dtype(dtype)
     rounded = fresh(centroids, dtype).to(compute)
@@ -61,7 +61,7 @@ def assign(x: Tensor, centroids: Tensor, included: Tensor) -> Tensor:
     rows = max(1, SCORES_AT_ONCE // max(1, centroids.shape[0]))
     labels = [
         torch.addmm(norms, fresh(part, rounded.dtype), rounded.t(), alpha=-2).argmin(-1)
-        for part in x.split(rows)
+        for part in torch.split(x, rows)
     ]
     return torch.where(included, torch.cat(labels), 0).to(torch.int32)
 
@@ -69,8 +69,8 @@ def assign(x: Tensor, centroids: Tensor, included: Tensor) -> Tensor:
 def update(x: Tensor, labels: Tensor, included: Tensor, centroids: Tensor) -> Tensor:
     """Mean of the included tokens of each label; a label without any keeps its centroid.
 
-    Sums run in token order in float64, where a million terms still round to the right float32. (In float32 even
-    4096 equal terms drift by more than the budget of svg2.md, section 15.)
+    Sums run in token order in float64, where a million terms still round to the right float32. (In float32
+    even 4096 equal terms drift by more than the budget of svg2.md, section 15.)
 
     Shapes: x [S, D]; labels int32 [S]; included bool [S]; centroids [C, D].
     Returns: [C, D] in float32 (float64 for float64 inputs), always finite if ``centroids`` are.
@@ -93,8 +93,9 @@ def means_of_sums(sums: Tensor, counts: Tensor, centroids: Tensor) -> Tensor:
 def stratified_sample(x: Tensor, included: Tensor, clusters: int, seed: int, role: str, head: int) -> Tensor:
     """Take one included token from each of ``clusters`` equal strata of the included tokens (section 5.2).
 
-    The place within a stratum is a hash of (seed, role, head, stratum), so a batch equals its items and a repeated
-    generation repeats. With fewer tokens than strata some are taken twice. Without any, the sample is 0.
+    The place within a stratum is a hash of (seed, role, head, stratum), so a batch equals its items and a
+    repeated generation repeats. With fewer tokens than strata some are taken twice. Without any, the sample
+    is 0.
 
     Shapes: x [S, D]; included bool [S]. Returns: [C, D] in x's dtype.
     """
@@ -105,7 +106,7 @@ def stratified_sample(x: Tensor, included: Tensor, clusters: int, seed: int, rol
     strata = torch.arange(clusters + 1, device=x.device)
     bounds = strata * total // clusters
     start, width = bounds[:-1], bounds.diff().clamp(min=1)
-    offset = hash_counters(seed, 0 if role == "query" else 1, head, strata[:-1]) % width
+    offset = hash_counters(seed, 0 if role == "query" else 1, head, strata[:-1], device=x.device) % width
     wanted = torch.minimum(start + offset, (total - 1).clamp(min=0)) + 1
     token = torch.searchsorted(rank, wanted).clamp(max=x.shape[0] - 1)
     return torch.where(total > 0, x.index_select(0, token), 0)

@@ -1,0 +1,134 @@
+"""What the backend adds to a call: guard, look-up of state, extra graph inputs, bookkeeping.
+
+    python benchmarks/overhead.py [--layers 40] [--rounds 300]
+
+A compiled model in its sparse phase, with a strategy that declares SVG2's state and writes plain attention, against
+`backend="inductor"` on an equal model. Calls alternate, medians are compared, so what is left is the backend itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+import sparse_compile
+from sparse_compile.phases import Phase
+from sparse_compile.strategies.svg2 import Svg2
+
+if __name__ == "__main__":  # the backend imports the strategy by this name
+    sys.modules["overhead"] = sys.modules["__main__"]
+    sys.path.insert(0, str(Path(__file__).parent))
+
+BUDGET_MICROSECONDS = 200
+
+
+class PlainAttention(Svg2):
+    """SVG2's phases and state around the attention as it was."""
+
+    def write(self, build: Any, site: Any, phase: Phase) -> Any:
+        """The attention as it was."""
+        return build.attention()
+
+
+class Block(torch.nn.Module):
+    """A pre-norm attention block with its own projections."""
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm = torch.nn.RMSNorm(dim)
+        self.to_q, self.to_k, self.to_v, self.to_out = (torch.nn.Linear(dim, dim) for _ in range(4))
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """[B, S, dim] to the same shape."""
+        x = self.norm(hidden_states)
+        q, k, v = (p(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for p in (self.to_q, self.to_k, self.to_v))
+        return hidden_states + self.to_out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class Model(torch.nn.Module):
+    """A stack of equal blocks."""
+
+    def __init__(self, layers: int, dim: int = 64, heads: int = 2) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = torch.nn.ModuleList(Block(dim, heads) for _ in range(layers))
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """[B, S, dim] to the same shape."""
+        for block in self.blocks:
+            hidden_states = block(hidden_states)
+        return hidden_states
+
+
+def compiled(layers: int, regional: bool, **how: Any) -> tuple[Model, Callable[[torch.Tensor], torch.Tensor]]:
+    """A model compiled as a whole, or block by block."""
+    model = Model(layers).eval().requires_grad_(False)
+    if not regional:
+        return model, torch.compile(model, **how)
+    for block in model.blocks:
+        block.compile(**how)
+    return model, model
+
+
+def measure(layers: int, tokens: int, rounds: int, regional: bool) -> Mapping[str, float]:
+    """Medians in microseconds of alternating calls."""
+    torch.compiler.reset()
+    options = {"method": "overhead:PlainAttention", "min_tokens": 1, "dense_steps": 0, "dense_layers": 0}
+    model, sparse = compiled(layers, regional, backend="sparse_attn", options=options)
+    _, plain = compiled(layers, regional, backend="inductor")
+    x = torch.randn(1, tokens, 64)
+    times: dict[str, list[float]] = {"inductor": [], "sparse_attn": []}
+    with torch.no_grad(), sparse_compile.denoising(model, steps=2) as clock, clock.branch("cond"):
+        for call in (sparse, plain):
+            for _ in range(3):
+                expected = call(x)
+        clock.step()
+        for _ in range(3):
+            torch.testing.assert_close(sparse(x), expected)
+        assert sparse_compile.explain(model).generations[-1].steps[-1].phase == Phase.SPARSE
+        for _ in range(rounds):
+            for name, call in (("inductor", plain), ("sparse_attn", sparse)):
+                start = time.perf_counter()
+                call(x)
+                times[name].append(1e6 * (time.perf_counter() - start))
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    added = medians["sparse_attn"] - medians["inductor"]
+    return {**medians, "added": added, "share": added / medians["inductor"], "per_layer": added / layers}
+
+
+def main() -> int:
+    """Measure both ways of compiling, print, and fail where the whole model is over budget."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=40)
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=300)
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    arguments = parser.parse_args()
+    results = {}
+    for way in ("whole", "regional"):
+        figures = measure(arguments.layers, arguments.tokens, arguments.rounds, way == "regional")
+        results[way] = figures
+        print(
+            f"{way:9s} inductor {figures['inductor']:8.0f} us, sparse_attn {figures['sparse_attn']:8.0f} us:"
+            f" {figures['added']:+.0f} us a call ({100 * figures['share']:+.1f} %, {figures['per_layer']:+.1f} us a layer)"
+        )
+    if arguments.json:
+        versions = {"torch": torch.__version__, "layers": arguments.layers, "tokens": arguments.tokens}
+        arguments.json.write_text(json.dumps({**versions, **results}, indent=1) + "\n")
+    within = results["whole"]["added"] <= BUDGET_MICROSECONDS
+    print(f"whole model: {'within' if within else 'OVER'} the budget of {BUDGET_MICROSECONDS} us a call")
+    return 0 if within else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,83 @@
+"""Tell what an attention mask is from its node and shape; its values are never read."""
+
+from __future__ import annotations
+
+from math import prod
+
+import torch
+from torch import fx
+
+from sparse_compile.passes.graph_facts import is_tensor, op_name, rank, sizes, tensor_inputs, value_of
+from sparse_compile.passes.token_parts import Note
+from sparse_compile.passes.token_roles import Inputs
+from sparse_compile.passes.trace_tokens import Memo, trace_tokens
+from sparse_compile.sites import MaskForm, Site
+
+CASTS = frozenset({"to", "bool", "contiguous", "type_as", "clone"})
+SHAPE_ONLY = CASTS | {
+    *("view", "reshape", "unsqueeze", "squeeze", "flatten", "unflatten"),
+    *("expand", "expand_as", "repeat", "transpose", "permute", "t", "getitem", "__getitem__"),
+}
+PRODUCTS = frozenset({"and_", "__and__", "bitwise_and", "logical_and", "mul", "__mul__"})
+DIMS = 4
+
+
+def mask_form(site: Site, inputs: Inputs, memo: Memo) -> MaskForm:
+    """The form of a site's mask (attention_sites.md, section 5).
+
+    Key padding:
+        bool [B or 1, 1, 1, Sk]
+    Outer product:
+        m: bool [B, S]; mask = m[:, None, None, :] & m[:, None, :, None]
+    Left alone (`MaskForm.GENERAL`): all others, also a square mask that the graph does not prove a product.
+    """
+    mask = site.mask
+    if mask is None:
+        return MaskForm.NONE
+    shape = (1,) * (DIMS - rank(mask)) + sizes(mask)
+    if len(shape) != DIMS or shape[-1] != site.key_sizes[-2]:
+        return MaskForm.GENERAL
+    batch, heads, queries, _ = shape
+    if value_of(mask).dtype != torch.bool:
+        return MaskForm.KEY_BIAS if queries == 1 else MaskForm.GENERAL
+    if heads != 1 or batch not in (1, site.query_sizes[0]):
+        return MaskForm.GENERAL
+    if queries == 1:
+        return MaskForm.KEY_PADDING
+    square = queries == shape[-1] == site.query_sizes[-2]
+    return MaskForm.OUTER if square and _is_outer_product(mask, inputs, memo) else MaskForm.GENERAL
+
+
+def _is_outer_product(mask: fx.Node, inputs: Inputs, memo: Memo) -> bool:
+    """Whether ``mask[b, 0, i, j]`` is ``m[b, i] and m[b, j]``: one tensor, along the rows and the columns."""
+    product = _below(mask, CASTS)
+    operands = tensor_inputs(product)
+    if op_name(product) not in PRODUCTS or len(operands) != 2:
+        return False
+    base = _below(operands[0], SHAPE_ONLY)
+    tokens, batch = sizes(mask)[-1], prod(sizes(mask)[:-2])
+    if _below(operands[1], SHAPE_ONLY) is not base or prod(sizes(base)) not in (tokens, tokens * batch):
+        return False
+    along = {tuple(_varies(operand, dim, inputs, memo) for dim in (-2, -1)) for operand in operands}
+    return along == {(True, False), (False, True)}
+
+
+def _below(node: fx.Node, names: frozenset[str]) -> fx.Node:
+    """The tensor below casts, views and broadcasts that keep all of its elements."""
+    while op_name(node) in names and tensor_inputs(node) and _keeps_elements(node):
+        node = tensor_inputs(node)[0]
+    return node
+
+
+def _keeps_elements(node: fx.Node) -> bool:
+    if op_name(node) not in ("getitem", "__getitem__"):
+        return True
+    index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+    return all(entry is None or entry is Ellipsis or entry == slice(None) for entry in index)
+
+
+def _varies(operand: fx.Node, dim: int, inputs: Inputs, memo: Memo) -> bool:
+    """Whether a mask differs along an axis, rather than being broadcast."""
+    if rank(operand) < -dim or sizes(operand)[dim] == 1 or not is_tensor(operand):
+        return False
+    return any(p.note is not Note.GENERATED for p in trace_tokens(operand, dim, inputs, memo))

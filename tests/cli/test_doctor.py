@@ -1,0 +1,65 @@
+"""``sparse-attn doctor``: each problem is found, named, and changes the exit code."""
+
+import pytest
+import torch
+
+from sparse_compile.cli import doctor
+from sparse_compile.cli.main import main
+
+
+def test_a_sound_installation_has_no_problem(capsys):
+    assert main(["doctor"]) == 0
+    printed = capsys.readouterr().out
+    for subject in ("python", "torch", "triton", "diffusers", "cpu", "backend", "recompile_limit"):
+        assert f"ok     {subject} " in printed
+    assert str(torch.__version__) in printed
+
+
+def test_an_unknown_variable_is_a_problem(monkeypatch, capsys):
+    monkeypatch.setenv("SPARSE_ATTN_TOPP", "0.5")
+    assert main(["doctor"]) == 1
+    assert "wrong  SPARSE_ATTN_TOPP" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("variables", "problem"),
+    [
+        ({}, ""),
+        ({"SPARSE_ATTN_TOP_P": "0.8"}, ""),
+        ({"SPARSE_ATTN_BACKEND": "xformers"}, ""),
+        ({"UNRELATED": "1"}, ""),
+        ({"SPARSE_ATTN_TOP_P": "1.5"}, "must be a number in (0, 1]"),
+        ({"SPARSE_ATTN_DENSTY": "0.5"}, "No such option"),
+        ({"SPARSE_ATTN_PRESET": "fast"}, "comes in a later version"),
+    ],
+    ids=["none", "known", "another project's", "another prefix", "bad value", "unknown", "later"],
+)
+def test_variables_are_checked_by_name_and_value(variables, problem):
+    problems = [finding.problem for finding in doctor.check_environment(variables) if finding.problem]
+    assert bool(problems) == bool(problem)
+    assert all(problem in found for found in problems)
+
+
+def test_a_missing_backend_says_how_to_install_it(monkeypatch):
+    monkeypatch.setattr(torch.compiler, "list_backends", lambda: ["inductor"])
+    assert "pip install -e ." in doctor.check_backend().problem
+
+
+def test_the_backend_loads():
+    assert not doctor.check_backend().problem
+
+
+def test_a_low_recompile_limit_is_a_problem():
+    with torch._dynamo.config.patch(recompile_limit=2):
+        assert "recompile_limit" in doctor.check_recompile_limit().problem
+
+
+def test_a_missing_compiler_is_a_problem(monkeypatch):
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
+    assert "install g++" in doctor.check_cpp_compiler({}).problem
+    assert "my-cxx" in doctor.check_cpp_compiler({"CXX": "my-cxx -O2"}).value
+
+
+def test_an_old_torch_is_a_problem(monkeypatch):
+    monkeypatch.setattr(torch, "__version__", "2.10.1")
+    assert [finding.subject for finding in doctor.check_versions() if finding.problem] == ["torch"]

@@ -1,0 +1,45 @@
+"""README.md holds the options of `Config`, as the command writes them."""
+
+from pathlib import Path
+
+import pytest
+
+from sparse_compile.cli.options_table import BEGIN, END, main, options_table, with_table
+from sparse_compile.config import declared_options
+from sparse_compile.errors import SparseAttentionError
+
+README = Path(__file__).parents[2] / "README.md"
+
+
+def test_the_readme_holds_the_current_table():
+    text = README.read_text()
+    assert with_table(text) == text, "run `make options-table`"
+
+
+def test_every_option_has_a_row_with_its_default():
+    rows = options_table().splitlines()[2:]
+    assert [row.split("`")[1] for row in rows] == list(declared_options())
+    assert "| `top_p` | 0.9 | a number in (0, 1] |" in options_table()
+    assert "| `density` | none |" in options_table()
+    assert "| `q_clusters` | auto |" in options_table()
+    assert "| `strict` | false |" in options_table()
+
+
+def test_only_what_lies_between_the_markers_is_replaced():
+    assert with_table(f"before\n{BEGIN}\nold\n{END}\nafter\n") == (
+        f"before\n{BEGIN}\n{options_table()}\n{END}\nafter\n"
+    )
+
+
+def test_a_text_without_markers_is_refused():
+    with pytest.raises(SparseAttentionError, match="both markers"):
+        with_table("no table here")
+
+
+def test_the_command_prints_or_writes(tmp_path, capsys):
+    assert main([]) == 0
+    assert capsys.readouterr().out == options_table() + "\n"
+    target = tmp_path / "page.md"
+    target.write_text(f"{BEGIN}\n{END}\n")
+    assert main(["--write", str(target)]) == 0
+    assert options_table() in target.read_text()
