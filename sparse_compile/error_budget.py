@@ -86,14 +86,13 @@ def planted_attention(
         q, k, v, each [B, H, S, D].
     """
     generator = torch.Generator().manual_seed(seed)
-    points = torch.randn(batch, heads, centres, size, generator=generator)
-    points = points * (math.sqrt(size) / points.norm(dim=-1, keepdim=True))
+    points: Tensor = torch.randn(batch, heads, centres, size, generator=generator)
+    points *= math.sqrt(size) / torch.linalg.vector_norm(points, dim=-1, keepdim=True)
 
     def around_points() -> Tensor:
         chosen = torch.randint(centres, (batch, heads, tokens, 1), generator=generator)
-        return points.gather(2, chosen.expand(-1, -1, -1, size)) + noise * torch.randn(
-            batch, heads, tokens, size, generator=generator
-        )
+        spread = torch.randn(batch, heads, tokens, size, generator=generator)
+        return torch.gather(points, 2, chosen.expand(-1, -1, -1, size)) + noise * spread
 
     q, k = around_points() * sharpness, around_points()
     v = torch.randn(batch, heads, tokens, size, generator=generator)

@@ -137,6 +137,14 @@ class TokenPart:
         return self.role in VISUAL_ROLES
 
 
+    def symbolic_length(self) -> int | torch.SymInt:
+        """The length as the graph has it; the hint where the graph does not spell it out."""
+        if isinstance(self.size, tuple):
+            node, dim = self.size
+            length: int | torch.SymInt = node.meta["example_value"].shape[dim]
+            return length
+        return self.length
+
     def moved(self, old_to_new: Mapping[fx.Node, fx.Node]) -> TokenPart:
         """This part in a copy of its graph."""
         if isinstance(self.size, tuple):
@@ -161,6 +169,18 @@ class TokenLayout:
         """(frames, height, width) of the longest visual part where the graph tells, else ()."""
         grids = [(part.length, part.grid) for part in self.parts if part.visual and len(part.grid) > 1]
         return max(grids)[1] if grids else ()
+
+    def video_size(self, length: int | torch.SymInt) -> int | torch.SymInt:
+        """Number of visual tokens, for state that is shaped by it: symbolic where the graph's sizes are.
+
+        Args:
+            length: size of the whole axis.
+        """
+        if isinstance(length, int):
+            return self.video_tokens
+        if all(isinstance(part.size, int) for part in self.parts if part.visual):
+            return self.video_tokens
+        return length - sum(part.symbolic_length() for part in self.parts if not part.visual)
 
     def moved(self, old_to_new: Mapping[fx.Node, fx.Node]) -> TokenLayout:
         """This layout in a copy of its graph."""

@@ -80,7 +80,18 @@ def find_sites(graph_module: fx.GraphModule, inputs: Sequence[Any], planner: Pla
     def unsupported_reason(site: Site) -> Reason | None:
         return planner.strategy.unsupported_reason(site, config)
 
-    return classify_sites(sites, config, graph_inputs, unsupported_reason)
+    known = frozenset(torch_internals.symbolic_inputs(graph_module).values())
+    classified = classify_sites(sites, config, graph_inputs, unsupported_reason)
+    return [_with_known_state(site, planner, known) for site in classified]
+
+
+def _with_known_state(site: Site, planner: Planner, known: frozenset[Any]) -> Site:
+    """A site whose state would be shaped by data (a count of valid tokens, say) stays dense."""
+    if not site.sparse:
+        return site
+    specs = planner.strategy.state(site, planner.config).values()
+    needed = frozenset().union(*(torch_internals.symbols_of(size) for spec in specs for size in spec.shape))
+    return site if needed <= known else site.decided(Reason.DYNAMIC_SPLIT, "its state would be shaped by data")
 
 
 def rewrite(

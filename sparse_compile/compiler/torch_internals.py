@@ -166,3 +166,8 @@ def symbolic_inputs(graph_module: fx.GraphModule) -> dict[int, Any]:
     placeholders = graph_module.graph.find_nodes(op="placeholder")
     values = [node.meta.get("example_value") for node in placeholders]
     return {i: value.node.expr for i, value in enumerate(values) if isinstance(value, torch.SymInt)}
+
+
+def symbols_of(size: int | torch.SymInt) -> frozenset[Any]:
+    """The symbols a size depends on."""
+    return frozenset() if isinstance(size, int) else frozenset(size.node.expr.free_symbols)

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from sparse_compile.config import Config
-from sparse_compile.passes.graph_facts import Length, is_tensor, length, value_of
+from sparse_compile.passes.graph_facts import Length, is_tensor, length, rank, value_of
 from sparse_compile.passes.read_mask import mask_form
 from sparse_compile.passes.token_parts import Part, all_origins, total
 from sparse_compile.passes.token_roles import (
@@ -194,8 +194,8 @@ def _split_is_open(site: Site, inputs: Inputs) -> bool:
 def _text_may_hide(site: Site, inputs: Inputs) -> bool:
     """Whether text and video may have been joined before the graph: one packed stream, no text beside it."""
     parts = site.layout.parts if site.layout is not None else ()
-    arguments = [node for node, known in inputs.items() if is_tensor(node) and not known.owned]
-    no_text = all(role_of_input(node, inputs) != "text" for node in arguments)
+    sequences = [n for n, known in inputs.items() if is_tensor(n) and rank(n) > 1 and not known.owned]
+    no_text = all(role_of_input(sequence, inputs) != "text" for sequence in sequences)
     return len(parts) == 1 and not parts[0].grid and no_text
 
 

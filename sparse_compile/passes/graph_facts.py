@@ -96,6 +96,18 @@ def value_of(node: Any) -> Any:
     return node.meta.get("example_value") if isinstance(node, fx.Node) else node
 
 
+def constant(argument: Any) -> Any:
+    """A setting of a call as a plain value, or None where it can differ from call to call.
+
+    With ``dynamic=True`` a number may be a node; where tracing needed its value, its expression has become a constant.
+    """
+    value = value_of(argument)
+    if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool):
+        expression = value.node.expr
+        return float(expression) if getattr(expression, "is_number", False) else None
+    return value
+
+
 def is_tensor(node: Any) -> bool:
     """Whether this is a node that computes one tensor."""
     return isinstance(node, fx.Node) and isinstance(value_of(node), torch.Tensor)

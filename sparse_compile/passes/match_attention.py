@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -10,7 +11,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import fx
 
-from sparse_compile.passes.graph_facts import argument, is_tensor, op_name, rank, sizes, strides
+from sparse_compile.passes.graph_facts import argument, constant, is_tensor, op_name, rank, sizes, strides
 from sparse_compile.sites import GraphInput, Reason, Site
 
 Inputs = Mapping[fx.Node, GraphInput]
@@ -30,6 +31,8 @@ ARGUMENTS: Mapping[str, Any] = {
 
 WEIGHT_ARGUMENT = {"linear": 1, "conv1d": 1, "conv2d": 1, "conv3d": 1, "addmm": 2}
 """Projections, and which of their arguments the weight is."""
+WRAPPING = frozenset({"L", "self", "fn", "__dict__", "_modules"})
+"""What the path of a module holds besides the names of modules."""
 CATS = frozenset({"cat", "concat", "concatenate"})
 
 
@@ -84,10 +87,11 @@ def _site(node: fx.Node, inputs: Inputs) -> Site:
         modules=modules,
     )
     settings = {name: given[name] for name in ("dropout_p", "is_causal", "scale", "enable_gqa")}
-    computed = [name for name, setting in settings.items() if isinstance(setting, fx.Node)]
+    known = {name: constant(setting) for name, setting in settings.items()}
+    computed = [name for name in settings if known[name] is None and settings[name] is not None]
     if computed:
         return site.decided(Reason.ANALYSIS_FAILED, f"computed in the graph: {', '.join(computed)}")
-    return replace(site, **settings)
+    return replace(site, **known)
 
 
 def _sizes(node: fx.Node) -> tuple[int, ...]:
@@ -111,7 +115,7 @@ def _numbered(sites: list[Site]) -> list[Site]:
 def find_owner(query: fx.Node, inputs: Inputs) -> fx.Node | None:
     """The Parameter that stands for the layer: the weight of the projection that made the query.
 
-    Without a projection (a graph break before it): the nearest Parameter with two dimensions or more, else the
+    Without a projection (a graph break before it): the nearest Parameter of two dimensions or more, else the
     nearest.
     """
     vector = matrix = None
@@ -171,4 +175,10 @@ def _name(owner: fx.Node | None, modules: tuple[tuple[str, str], ...], inputs: I
 def module_stack(node: fx.Node) -> tuple[tuple[str, str], ...]:
     """(path, class name) of the modules whose forward made a node, outermost first."""
     stack = node.meta.get("nn_module_stack") or {}
-    return tuple((path, kind if isinstance(kind, str) else kind.__name__) for path, kind in stack.values())
+    kinds = ((path, kind if isinstance(kind, str) else kind.__name__) for path, kind in stack.values())
+    return tuple((_dotted(path), kind.rpartition(".")[2]) for path, kind in kinds)
+
+
+def _dotted(path: str) -> str:
+    """``L['self'].__dict__['_modules']['blocks'].0.attn1`` as ``blocks.0.attn1``."""
+    return ".".join(part for part in re.findall(r"\w+", path) if part not in WRAPPING)

@@ -206,12 +206,8 @@ def _broadcasts(operand: Sequence[int], result: Sequence[int]) -> bool:
 
 def _written_values(node: fx.Node) -> list[fx.Node]:
     """What is written into a tensor by ``x[…] = value``."""
-    writes = [
-        user for user in node.users if op_name(user) in ("setitem", "__setitem__") and user.args[0] is node
-    ]
-    return [
-        value for value in (argument(write, 2, "value") for write in writes) if isinstance(value, fx.Node)
-    ]
+    written = [user.args[2] for user in node.users if op_name(user) in WRITES and user.args[0] is node]
+    return [value for value in written if isinstance(value, fx.Node)]
 
 
 # ---------------------------------------------------------------------- rules
@@ -347,6 +343,7 @@ BLANK_TENSORS = frozenset(
     {"zeros", "ones", "empty", "full", "new_zeros", "new_ones", "new_empty", "new_full", "new_tensor"}
 )
 """What makes a tensor without reading another; indexed writes may fill it later."""
+WRITES = frozenset({"setitem", "__setitem__"})
 
 
 def _rules() -> dict[str, Rule]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -103,7 +102,7 @@ class Region:
         group = lead.groups.get(self)
         if group is None or not group.holds(parameters):
             layers = tuple(self._registry.layer(parameter, self._planner) for parameter in parameters)
-            group = lead.groups[self] = LayerGroup(tuple(map(weakref.ref, parameters)), layers)
+            group = lead.groups[self] = LayerGroup(parameters, layers)
             for position, record in self._records:
                 self._registry.record_site(args[position], record)
         return group
@@ -133,8 +132,6 @@ class Region:
         searched = self._phase in (Phase.SEARCH, Phase.REFINE)
         # A sparse call that had to make its state attended to everything; the next call searches.
         lost = fresh and not searched
-        for layer in group.layers:
-            layer.calls += 1
         if self._phase is not Phase.DENSE:
             claim.sparse_calls += 1
         call = Call(clock.generation, step, branch, Phase.DENSE, None)
@@ -147,8 +144,10 @@ class Region:
             state.rows += 1
             if searched or lost:
                 state.searched = step if searched else None
-        if searched or lost or clock.branch_name is None:
+        unnamed = clock.branch_name is None
+        if searched or lost or unnamed:
             for layer in group.layers:
+                layer.calls += unnamed
                 layer.refresh()
 
     def _recount_rows(self, group: LayerGroup) -> None:

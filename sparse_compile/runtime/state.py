@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import threading
 import weakref
 from collections import deque
@@ -68,7 +67,7 @@ class Layer:
         self.kept_dense = False
         """Whether `dense_layers` keeps it dense for the whole generation."""
         self.calls = 0
-        """Calls returned in the current step."""
+        """Calls without a named branch that returned in the current step."""
         self.branches: dict[Branch, BranchState] = {}
         self.history: deque[Call] = deque(maxlen=HISTORY)
         self.groups: dict[object, LayerGroup] = {}
@@ -142,14 +141,23 @@ class Gathered(NamedTuple):
     """Of the layers that run sparsely, in the Region's order."""
 
 
-@dataclass
 class LayerGroup:
-    """The layers one Region runs together, and their state tensors in the order of the graph's inputs."""
+    """The layers one Region runs together, and their state tensors in the order of the graph's inputs.
 
-    owners: tuple[weakref.ref[torch.nn.Parameter], ...]
-    layers: tuple[Layer, ...]
-    gathered: dict[Branch, Gathered] = field(default_factory=dict)
+    Args:
+        owners: the Parameters that name the layers; held weakly.
+        layers: the layers.
+    """
+
+    def __init__(self, owners: Sequence[torch.nn.Parameter], layers: Sequence[Layer]) -> None:
+        self.layers = tuple(layers)
+        self.gathered: dict[Branch, Gathered] = {}
+        self._ids = [*map(id, owners)]
+        self._owners = [weakref.ref(owner, self._owner_died) for owner in owners]
 
     def holds(self, parameters: Sequence[object]) -> bool:
-        """Whether it was made for exactly these Parameter objects."""
-        return all(map(operator.is_, parameters, map(operator.call, self.owners)))
+        """Whether it was made for exactly these Parameter objects: ids tell, as long as all owners live."""
+        return [*map(id, parameters)] == self._ids
+
+    def _owner_died(self, _: object) -> None:
+        self._ids = []

@@ -44,9 +44,11 @@ class Svg2:
 
     def state(self, site: Site, config: Config) -> Mapping[str, TensorSpec]:
         """Centroids in the dtype of q, and whether a search has filled them."""
+        assert site.layout is not None and site.key_layout is not None, "classify_sites fills the layouts"
         batch, heads, q_tokens, dim = site.query.meta["example_value"].shape
         _, kv_heads, k_tokens, _ = site.key.meta["example_value"].shape
-        q_clusters, k_clusters = query_clusters(q_tokens, config), key_clusters(k_tokens, config)
+        q_clusters = query_clusters(site.layout.video_size(q_tokens), config)
+        k_clusters = key_clusters(site.key_layout.video_size(k_tokens), config)
         return {
             "q_centroids": TensorSpec((batch, heads, q_clusters, dim), site.dtype, site.device),
             "k_centroids": TensorSpec((batch, kv_heads, k_clusters, dim), site.dtype, site.device),
@@ -118,12 +120,12 @@ class Svg2:
 
 
 def query_clusters(tokens: Size, config: Config) -> Size:
-    """Number of query clusters Cq for a call with this many queries."""
+    """Number of query clusters Cq for this many video queries; never more clusters than tokens."""
     return torch.sym_min(tokens, _clusters(config.q_clusters, tokens, TOKENS_PER_QUERY_CLUSTER, QUERY_CLUSTERS))
 
 
 def key_clusters(tokens: Size, config: Config) -> Size:
-    """Number of key clusters Ck for a call with this many keys."""
+    """Number of key clusters Ck for this many video keys."""
     return torch.sym_min(tokens, _clusters(config.k_clusters, tokens, TOKENS_PER_KEY_CLUSTER, KEY_CLUSTERS))
 
 
