@@ -43,7 +43,7 @@ PUBLIC_BY_CUSTOM = (
     "torch._dynamo.reset",
     "torch.ops.aten._scaled_dot_product_flash_attention_for_cpu",
 )
-"""What PyTorch's own documentation tells users to use, and the one operator that gives the log-sum-exp on a CPU."""
+"""What PyTorch's documentation tells users to use, and the one operator with a log-sum-exp on a CPU."""
 
 
 class Import(NamedTuple):

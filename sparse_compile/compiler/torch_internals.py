@@ -24,7 +24,8 @@ Scope = Mapping[str, Any]
 RECOMPILE_LIMIT = 64
 """Entries per code object that phases x resolutions x dtypes need; Dynamo's own default is 8."""
 
-_WRAPPED_NAME = re.compile(r"\[\s*['\"]?([^'\"\]]+)['\"]?\s*\]")
+_WORDS = re.compile(r"\w+")
+_WRAPPERS = frozenset({"self", "kwargs", "fn", "_modules", "_parameters", "_buffers"})
 _MODULE_PARTS = ("_modules", "_parameters", "_buffers")
 
 
@@ -54,12 +55,18 @@ def source_name(placeholder: fx.Node) -> str:
 
 
 def dotted_name(source: str, default: str) -> str:
-    """``L['self']._modules['blocks']._modules['0']._parameters['w']`` as ``blocks.0.w``."""
-    found = _WRAPPED_NAME.findall(source)
-    if not found:
+    """``L['self']._modules['blocks']._modules['0']._parameters['w']`` as ``blocks.0.w``, ``L['args'][2]`` as ``args_2``.
+
+    Args:
+        source: where Dynamo finds the value.
+        default: the name of a source that has another form.
+    """
+    if not source.startswith("L["):
         return default
-    parts = [part for part in found if part not in ("self", "kwargs", "fn")]
-    return ".".join(parts) if parts else default
+    words = [word for word in _WORDS.findall(source)[1:] if word not in _WRAPPERS]
+    if words and words[0] == "args":
+        return "_".join(words)
+    return ".".join(words) or default
 
 
 def copy_graph(graph_module: fx.GraphModule) -> tuple[fx.GraphModule, dict[fx.Node, fx.Node]]:

@@ -81,7 +81,8 @@ def hint(size: int | torch.SymInt) -> int:
     if isinstance(size, int):
         return size
     expression, shape_env = size.node.expr, size.node.shape_env
-    known = getattr(shape_env, "backed_var_to_val", None) or getattr(shape_env, "var_to_val", {})
+    renamed = hasattr(shape_env, "backed_var_to_val")  # torch 2.12 and later
+    known = shape_env.backed_var_to_val if renamed else shape_env.var_to_val
     numbers = {symbol: known.get(symbol, _stand_in(symbol)) for symbol in expression.free_symbols}
     return int(expression.xreplace(numbers))
 
@@ -99,7 +100,8 @@ def value_of(node: Any) -> Any:
 def constant(argument: Any) -> Any:
     """A setting of a call as a plain value, or None where it can differ from call to call.
 
-    With ``dynamic=True`` a number may be a node; where tracing needed its value, its expression has become a constant.
+    With ``dynamic=True`` a number may be a node. Where tracing needed its value, its
+    expression has become a constant.
     """
     value = value_of(argument)
     if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool):

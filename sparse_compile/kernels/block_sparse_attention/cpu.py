@@ -46,9 +46,12 @@ def attention(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, out: Te
     batches, heads, queries, size = q.shape
     shared = heads // k.shape[1]
     width = max(size, v.shape[3])
-    pairs = k.new_zeros((k.shape[2] + 1, 2 * width))
+    # 16-bit inputs too: torch's kernel for them is no faster, and its log-sum-exp is only good to 3e-5.
+    compute = torch.float64 if q.dtype is torch.float64 else torch.float32
+    pairs = torch.zeros((k.shape[2] + 1, 2 * width), dtype=compute)
     # Fresh pages cost more than the copies into them, so that all heads and batches share both buffers.
-    scratch = k.new_empty((max(k.shape[2], BYTES_AT_ONCE // (2 * width * k.element_size())), 2 * width))
+    most = max(k.shape[2], BYTES_AT_ONCE // (2 * width * pairs.element_size()))
+    scratch = torch.empty((most, 2 * width), dtype=compute)
     lse = torch.empty((batches, heads, queries), dtype=torch.float32)
     for batch in range(batches):
         for key_head in range(k.shape[1]):
@@ -94,13 +97,13 @@ def _attend_head(
     by_key = torch.repeat_interleave(kept, k_sizes, dim=1)
     for members in make_batches(work, pairs.shape[1], pairs.shape[1] * pairs.element_size()):
         tokens, present = _query_lanes(members, q_order)
-        rows = q.index_select(0, tokens.view(-1)).view(*tokens.shape, -1)
+        rows = q.index_select(0, tokens.view(-1)).to(pairs.dtype).view(*tokens.shape, -1)
         result, log_sum = _attend_batch(rows, pairs, _key_lanes(members, by_key), scale, scratch)
         result = result[..., : out.shape[1]]
         if present is not None:
             tokens, result, log_sum = tokens[present], result[present], log_sum[present]
-        out.index_copy_(0, tokens.view(-1), result.reshape(-1, out.shape[1]))
-        lse.index_copy_(0, tokens.view(-1), log_sum.reshape(-1))
+        out.index_copy_(0, tokens.view(-1), result.reshape(-1, out.shape[1]).to(out.dtype))
+        lse.index_copy_(0, tokens.view(-1), log_sum.reshape(-1).to(lse.dtype))
     return lse
 
 

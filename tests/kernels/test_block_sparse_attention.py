@@ -1,0 +1,241 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from kernel_oracles import (
+    DTYPES,
+    IMPLEMENTATIONS,
+    attend,
+    cluster,
+    exact_attention,
+    make_plan,
+    random_plan,
+    random_tensor,
+    token_mask,
+)
+
+from sparse_compile.error_budget import assert_within_error_budget, nan_filled_empty
+from sparse_compile.kernels.block_sparse_attention import cpu
+from sparse_compile.plan import Plan, pack_bits
+
+RELATIVE_ERROR = {torch.bfloat16: 3e-3, torch.float16: 4e-4}
+"""Largest relative L2 error of 16-bit outputs (svg2.md, section 15)."""
+
+
+def random_inputs(queries, keys, size=64, value_size=None, heads=(2, 1), batch=2, dtype=torch.float32):
+    return (
+        random_tensor(batch, heads[0], queries, size, dtype=dtype),
+        random_tensor(batch, heads[1], keys, size, seed=1, dtype=dtype),
+        random_tensor(batch, heads[1], keys, value_size or size, seed=2, dtype=dtype),
+    )
+
+
+def assert_matches_exact(q, k, v, plan, scale, kernel, *, ordinary_logits=True):
+    """Error budgets of svg2.md, section 15, on every row, with poisoned memory.
+
+    Logits in the thousands are rounded by more than the absolute budgets, for SDPA too: they get the relative ones.
+    """
+    with nan_filled_empty():
+        out, lse = attend(q, k, v, plan, scale, kernel=kernel)
+    mask = token_mask(plan)
+    exact, exact_lse = exact_attention(q, k, v, mask, scale)
+    alive = mask.any(-1)
+    assert (out[~alive] == 0).all() and (lse[~alive] == -math.inf).all()
+    assert out.dtype == q.dtype and lse.dtype == torch.float32
+    if not alive.any():
+        return
+    lse_error = (lse.double() - exact_lse)[alive].abs() / exact_lse[alive].abs().clamp(min=1)
+    assert lse_error.max() <= 1e-5
+    exact = torch.where(alive.unsqueeze(-1), exact, 0)
+    shared = q.shape[1] // k.shape[1]
+    low = F.scaled_dot_product_attention(
+        q, k.repeat_interleave(shared, 1), v.repeat_interleave(shared, 1), attn_mask=mask, scale=scale
+    )
+    low = torch.where(alive.unsqueeze(-1), low, 0)
+    assert_within_error_budget(out, low, exact, kernel)
+    if not ordinary_logits:
+        return
+    if q.dtype is torch.float32:
+        assert (out.double() - exact).abs().max() <= 5e-6 * v.abs().max()
+    else:
+        norm = exact.norm()
+        error, plain = (out.double() - exact).norm() / norm, (low.double() - exact).norm() / norm
+        assert error <= RELATIVE_ERROR[q.dtype] and error <= 1.5 * plain + 1e-6
+
+
+@pytest.mark.parametrize("kernel", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("queries", "keys"),
+    [(1, 1), (1, 63), (63, 63), (65, 65), (127, 129), (1000, 1000), (300, 1000), (1000, 65)],
+)
+def test_rows_match_float64(kernel, dtype, queries, keys):
+    q, k, v = random_inputs(queries, keys, dtype=dtype)
+    assert_matches_exact(q, k, v, random_plan(2, 2, 1, queries, keys), 0.125, kernel)
+
+
+@pytest.mark.parametrize("kernel", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("size", "value_size"), [(8, 8), (40, 40), (72, 24), (24, 136), (256, 256)])
+def test_head_sizes(kernel, dtype, size, value_size):
+    q, k, v = random_inputs(130, 200, size, value_size, dtype=dtype)
+    assert_matches_exact(q, k, v, random_plan(2, 2, 1, 130, 200), size**-0.5, kernel)
+
+
+@pytest.mark.parametrize("kernel", IMPLEMENTATIONS)
+@pytest.mark.parametrize("share", [0.0, 0.1, 1.1])
+@pytest.mark.parametrize("groups", [(2, 2), (40, 70), (3, 64)])
+def test_empty_sparse_and_full_plans(kernel, share, groups):
+    q, k, v = random_inputs(150, 180, 32, heads=(4, 2))
+    plan = random_plan(2, 4, 2, 150, 180, *groups, share=share)
+    assert_matches_exact(q, k, v, plan, 0.2, kernel)
+
+
+@pytest.mark.parametrize("kernel", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("factor", [1e-4, 30.0, 200.0])
+def test_extreme_logits(kernel, dtype, factor):
+    q, k, v = random_inputs(65, 150, 32, dtype=dtype)
+    q = (q.float() * factor).to(dtype)
+    plan = random_plan(2, 2, 1, 65, 150)
+    assert_matches_exact(q, k, v, plan, 0.2, kernel, ordinary_logits=factor < 100)
+
+
+@pytest.mark.parametrize("kernel", IMPLEMENTATIONS)
+def test_float64_is_computed_in_float64(kernel):
+    q, k, v = (x.double() for x in random_inputs(65, 150, 32))
+    plan = random_plan(2, 2, 1, 65, 150)
+    out, _ = attend(q, k, v, plan, 0.2, kernel=kernel)
+    mask = token_mask(plan)
+    exact, _ = exact_attention(q, k, v, mask, 0.2)
+    alive = mask.any(-1)
+    assert torch.allclose(out[alive], exact[alive], rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("kernel", IMPLEMENTATIONS)
+def test_a_plan_without_orders_means_tokens_in_place(kernel):
+    q, k, v = random_inputs(100, 120, 32)
+    identity = [torch.arange(n, dtype=torch.int32).expand(2, h, n) for n, h in ((100, 2), (120, 1))]
+    q_offsets = torch.tensor([0, 10, 64, 64, 100], dtype=torch.int32).expand(2, 2, 5)
+    k_offsets = torch.tensor([0, 1, 60, 110, 120], dtype=torch.int32).expand(2, 1, 5)
+    kept = torch.rand(2, 2, 4, 4, generator=torch.Generator().manual_seed(0)) < 0.6
+    kept[..., 3] = False
+    with_orders = Plan(identity[0], q_offsets, identity[1], k_offsets, pack_bits(kept))
+    without = Plan(None, q_offsets, None, k_offsets, pack_bits(kept))
+    one, other = (attend(q, k, v, plan, 0.2, kernel=kernel) for plan in (with_orders, without))
+    assert torch.equal(one[0], other[0]) and torch.equal(one[1], other[1])
+    assert_matches_exact(q, k, v, with_orders, 0.2, kernel)
+
+
+@pytest.mark.parametrize("kernel", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("which", ["key", "value"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_key_that_is_not_finite_spoils_exactly_the_rows_that_keep_it(kernel, dtype, which, value):
+    q, k, v = random_inputs(90, 120, 32, dtype=dtype)
+    plan = random_plan(2, 2, 1, 90, 120)
+    clean, clean_lse = attend(q, k, v, plan, 0.2, kernel=kernel)
+    (k if which == "key" else v)[0, 0, 17] = value
+    out, lse = attend(q, k, v, plan, 0.2, kernel=kernel)
+    keeps = token_mask(plan)[..., 17].clone()
+    keeps[1] = False
+    assert keeps.any() and not keeps.all()
+    assert torch.equal(out[~keeps], clean[~keeps]) and torch.equal(lse[~keeps], clean_lse[~keeps])
+    if math.isnan(value) or which == "value":
+        assert not torch.isfinite(out[keeps]).any()
+
+
+@pytest.mark.parametrize("kernel", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_nan_in_one_channel_of_a_value_stays_in_that_channel(kernel, dtype):
+    q, k, v = random_inputs(90, 120, 32, dtype=dtype)
+    plan = random_plan(2, 2, 1, 90, 120)
+    v[0, 0, 17, 5] = math.nan
+    out, _ = attend(q, k, v, plan, 0.2, kernel=kernel)
+    expected = torch.zeros_like(out, dtype=torch.bool)
+    expected[0, ..., 5] = token_mask(plan)[0, ..., 17]
+    assert torch.equal(torch.isnan(out), expected)
+
+
+@pytest.mark.parametrize("kernel", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_nan_query_gives_a_nan_row_and_no_other(kernel, dtype):
+    q, k, v = random_inputs(90, 120, 32, dtype=dtype)
+    plan = random_plan(2, 2, 1, 90, 120, share=0.9)
+    clean, _ = attend(q, k, v, plan, 0.2, kernel=kernel)
+    rows = torch.zeros(2, 2, 90, dtype=torch.bool)
+    rows[0, 0, 5] = rows[1, 1, 88] = True
+    rows &= token_mask(plan).any(-1)
+    assert rows.any()
+    q[rows] = math.nan
+    out, _ = attend(q, k, v, plan, 0.2, kernel=kernel)
+    assert torch.isnan(out[rows]).all()
+    assert torch.equal(out[~rows], clean[~rows])
+
+
+@pytest.mark.parametrize("kernel", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_strides_batches_and_shared_heads_change_no_bit(kernel, dtype):
+    q, k, v = random_inputs(301, 203, 40, heads=(4, 2), dtype=dtype)
+    plan = random_plan(2, 4, 2, 301, 203)
+    out, lse = attend(q, k, v, plan, 0.2, kernel=kernel)
+
+    def strided(x):
+        wide = x.transpose(1, 2).contiguous().repeat(1, 1, 1, 2)
+        return wide[..., : x.shape[-1]].transpose(1, 2)
+
+    again = attend(strided(q), strided(k), strided(v), plan, 0.2, kernel=kernel)
+    assert torch.equal(again[0], out) and torch.equal(again[1], lse)
+    for b in range(2):
+        part = Plan(*(field[b : b + 1] for field in vars(plan).values()))
+        single = attend(q[b : b + 1], k[b : b + 1], v[b : b + 1], part, 0.2, kernel=kernel)
+        assert torch.equal(single[0][0], out[b]) and torch.equal(single[1][0], lse[b])
+    repeated = Plan(
+        plan.q_order,
+        plan.q_offsets,
+        plan.k_order.repeat_interleave(2, 1),
+        plan.k_offsets.repeat_interleave(2, 1),
+        plan.keep,
+    )
+    own = attend(q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1), repeated, 0.2, kernel=kernel)
+    assert torch.equal(own[0], out) and torch.equal(own[1], lse)
+
+
+@pytest.mark.parametrize("kernel", IMPLEMENTATIONS)
+def test_one_cluster_of_all_tokens_equals_dense_attention(kernel):
+    x = torch.full((1, 2, 500, 32), 0.3)
+    v = random_tensor(1, 2, 500, 32)
+    plan = make_plan(cluster(x, x, kernel=kernel), 0.2, kernel=kernel)
+    assert plan.density().tolist() == [[1.0, 1.0]]
+    assert plan.kept().sum() == 2
+    out, _ = attend(x, x, v, plan, 0.2, kernel=kernel)
+    assert torch.allclose(out, F.scaled_dot_product_attention(x, x, v, scale=0.2), atol=2e-6)
+
+
+def test_the_reference_in_pieces_equals_the_reference_in_one(monkeypatch):
+    from sparse_compile.kernels.block_sparse_attention import reference
+
+    q, k, v = random_inputs(301, 203, 40)
+    plan = random_plan(2, 2, 1, 301, 203)
+    whole, lse = attend(q, k, v, plan, 0.2, kernel="reference")
+    monkeypatch.setattr(reference, "SCORES_AT_ONCE", 203 * 64)
+    pieces, lse_of_pieces = attend(q, k, v, plan, 0.2, kernel="reference")
+    assert torch.allclose(pieces, whole, atol=1e-6) and torch.allclose(lse_of_pieces, lse, atol=1e-5)
+
+
+def test_batches_hold_every_group_once_and_stay_within_memory():
+    work = [cpu.Work(g, 10 * g, 1 + g % 7, 1 + (g * 37) % 500) for g in range(200)]
+    batches = list(cpu.make_batches(work, 64, 2**14))
+    assert sorted(item.group for members in batches for item in members) == list(range(200))
+    assert len(batches) < 100
+    for members in batches:
+        longest = max(item.keys for item in members)
+        assert len(members) == 1 or len(members) * longest * 2**14 <= cpu.BYTES_AT_ONCE
+
+
+def test_large_groups_run_alone_and_unpadded():
+    work = [cpu.Work(g, 0, 4000 - 500 * g, 9000) for g in range(4)]
+    assert [len(members) for members in cpu.make_batches(work, 128, 1024)] == [1, 1, 1, 1]
