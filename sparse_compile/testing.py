@@ -88,19 +88,18 @@ def planner_of(strategy: Strategy | None = None, **options: object) -> Planner:
 
 def find(captured: Captured, strategy: Strategy | None = None, **options: object) -> list[Site]:
     """The classified sites of a graph under these options."""
+    planner = planner_of(strategy, **options)
     with torch.no_grad():
-        return pipeline.find_sites(captured.graph_module, captured.example_inputs, planner_of(strategy, **options))
+        return pipeline.find_sites(captured.graph_module, captured.example_inputs, captured.inputs, planner)
 
 
 def rewrite(captured: Captured, phase: Phase, strategy: Strategy | None = None, **options: object) -> Rewritten:
     """A copy of the graph with the strategy's ops of ``phase`` at each sparse site."""
     planner = planner_of(strategy, **options)
     with torch.no_grad():
-        sites = pipeline.find_sites(captured.graph_module, captured.example_inputs, planner)
+        sites = pipeline.find_sites(captured.graph_module, captured.example_inputs, captured.inputs, planner)
         kernel = pipeline.choose_kernel(planner.config, captured.example_inputs)
-        graph_module, states = pipeline.rewrite(
-            captured.graph_module, captured.example_inputs, sites, planner, phase, kernel
-        )
+        graph_module, states = pipeline.rewrite(captured.graph_module, sites, planner, phase, kernel)
     return Rewritten(graph_module, states)
 
 

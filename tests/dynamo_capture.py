@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from tiny_models import BUILDERS, FULLGRAPH, Row
+from tiny_model_tables import Row
+from tiny_models import BUILDERS, FULLGRAPH
 from torch import fx
 
 from sparse_compile.compiler.torch_internals import graph_inputs

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -222,3 +223,43 @@ def exact_top_p(mass: Tensor, sizes: Tensor, top_p: float, minimum: int) -> Tens
             kept[i, j] = top_p >= 1 or math.fsum(before) / total <= top_p or rank < minimum
             before.append(math.exp(row[j] - peak))
     return kept
+
+
+def inputs(
+    queries: int,
+    keys: int,
+    seed: int,
+    *,
+    batch: int = 1,
+    heads: int = 2,
+    key_heads: int = 1,
+    size: int = 16,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Random q, k and v."""
+    return (
+        random_tensor(batch, heads, queries, size, seed=seed, dtype=dtype),
+        random_tensor(batch, key_heads, keys, size, seed=seed + 1, dtype=dtype),
+        random_tensor(batch, key_heads, keys, size, seed=seed + 2, dtype=dtype),
+    )
+
+
+def call(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    kernel: str = "cpu",
+    plan: dict[str, Any] | None = None,
+    scale: float = 0.25,
+    **options: Any,
+) -> tuple[Clustered, Plan, Tensor]:
+    """k-means, plan and attention: (clusters, plan, out)."""
+    clusters = cluster(q, k, kernel=kernel, **options)
+    made = make_plan(clusters, scale, kernel=kernel, **(plan or {}))
+    return clusters, made, attend(q, k, v, made, scale, kernel=kernel)[0]
+
+
+def assert_same_bits(one: Iterable[Tensor], other: Iterable[Tensor]) -> None:
+    for a, b in zip(one, other, strict=True):
+        assert torch.equal(a, b)

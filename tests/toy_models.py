@@ -23,20 +23,17 @@ class Block(nn.Module):
 
 
 class Stack(nn.Module):
-    """Equal blocks in a row; ``breaks`` puts a graph break between them."""
+    """Equal blocks in a row."""
 
-    def __init__(self, layers: int = 2, dim: int = 32, heads: int = 2, breaks: bool = False) -> None:
+    def __init__(self, layers: int = 2, dim: int = 32, heads: int = 2) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(layers))
-        self.breaks = breaks
         self.eval().requires_grad_(False)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         for block in self.blocks:
             hidden_states = block(hidden_states)
-            if self.breaks:
-                torch._dynamo.graph_break()
         return hidden_states
 
 

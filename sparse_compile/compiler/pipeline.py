@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,7 @@ from sparse_compile.plan import TensorSpec
 from sparse_compile.runtime.region import Region, Slot
 from sparse_compile.runtime.registry import Registry
 from sparse_compile.runtime.report import GraphRecord, SiteRecord
-from sparse_compile.sites import Reason, Site
+from sparse_compile.sites import GraphInput, Reason, Site
 from sparse_compile.strategies.base import Planner
 from sparse_compile.strategies.catalogue import load_strategy
 
@@ -50,7 +50,7 @@ def compile_graph(
     """
     planner = registry.planner(config, load_strategy(config.method))
     kernel = choose_kernel(config, inputs)
-    sites = find_sites(graph_module, inputs, planner)
+    sites = find_sites(graph_module, inputs, torch_internals.graph_inputs(graph_module), planner)
     check_strict(sites, config)
     layers = _layers_of(sites)
     phase = _phase_of(layers, planner, registry)
@@ -61,16 +61,17 @@ def compile_graph(
     if phase is Phase.DENSE:
         compiled, slots = lower(graph_module, inputs, config), []
     else:
-        rewritten, states = rewrite(graph_module, inputs, _awake(layers, planner, registry), planner, phase, kernel)
+        rewritten, states = rewrite(graph_module, _awake(layers, planner, registry), planner, phase, kernel)
         examples = [example for state in states for example in state.examples]
         compiled = lower(rewritten, [*inputs, *examples], config)
         slots = _slots(states, layers)
     return _region(graph_module, compiled, phase, sites, layers, slots, kernel, planner, registry)
 
 
-def find_sites(graph_module: fx.GraphModule, inputs: Sequence[Any], planner: Planner) -> list[Site]:
+def find_sites(
+    graph_module: fx.GraphModule, inputs: Sequence[Any], graph_inputs: Mapping[fx.Node, GraphInput], planner: Planner
+) -> list[Site]:
     """Match and classify every attention of a graph."""
-    graph_inputs = torch_internals.graph_inputs(graph_module)
     sites = match_attention(graph_module, graph_inputs)
     whole_graph = _reason_for_all(inputs)
     if whole_graph is not None:
@@ -95,12 +96,7 @@ def _with_known_state(site: Site, planner: Planner, known: frozenset[Any]) -> Si
 
 
 def rewrite(
-    graph_module: fx.GraphModule,
-    inputs: Sequence[Any],
-    sites: Sequence[Site],
-    planner: Planner,
-    phase: Phase,
-    kernel: str,
+    graph_module: fx.GraphModule, sites: Sequence[Site], planner: Planner, phase: Phase, kernel: str
 ) -> tuple[fx.GraphModule, tuple[StateInput, ...]]:
     """A copy of the graph with the strategy's ops in place of its sparse sites, and the state inputs they read."""
     copied, old_to_new = torch_internals.copy_graph(graph_module)
@@ -110,7 +106,7 @@ def rewrite(
         planner,
         phase,
         kernel,
-        torch_internals.fake_mode_of(inputs),
+        torch_internals.fake_mode_of(graph_module),
         torch_internals.mark_state_input,
     )
     log.debug("insert_sparse_attention: %d sites, phase %s%s", result.changed, phase, _lines(result.notes))

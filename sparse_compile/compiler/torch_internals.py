@@ -96,11 +96,12 @@ def mark_state_input(placeholder: fx.Node, example: torch.Tensor) -> None:
     placeholder._dynamo_source = None  # type: ignore[attr-defined]  # a private attribute
 
 
-def fake_mode_of(inputs: Sequence[object]) -> AbstractContextManager[Any]:
-    """The fake tensor mode in which the graph was traced."""
-    mode = detect_fake_mode(inputs)
+def fake_mode_of(graph_module: fx.GraphModule) -> AbstractContextManager[Any]:
+    """The fake tensor mode in which a Dynamo graph was traced."""
+    values = [node.meta.get("example_value") for node in graph_module.graph.nodes]
+    mode = detect_fake_mode(values)
     if mode is None:
-        raise RuntimeError("the inputs of a Dynamo graph hold no fake tensor")
+        raise RuntimeError("a Dynamo graph without a fake tensor")
     return mode
 
 

@@ -12,9 +12,8 @@ import torch.nn.functional as F
 from torch import fx
 
 from sparse_compile.passes.graph_facts import argument, constant, is_tensor, op_name, rank, sizes, strides
-from sparse_compile.sites import GraphInput, Reason, Site
-
-Inputs = Mapping[fx.Node, GraphInput]
+from sparse_compile.passes.token_roles import Inputs
+from sparse_compile.sites import Reason, Site
 
 ATTENTION = F.scaled_dot_product_attention
 ARGUMENTS: Mapping[str, Any] = {

@@ -170,7 +170,7 @@ def _behind(dim: int, removed: int) -> int:
 
 
 def _index(walk: Walk, node: fx.Node, dim: int, index: tuple[Any, ...]) -> Parts:
-    base = source_of_index(node)
+    base = _indexed(node)
     entries = _without_ellipsis(index, rank(base))
     picked = [place for place, entry in enumerate(entries) if _is_gather(entry)]
     if picked:
@@ -188,7 +188,7 @@ def _index(walk: Walk, node: fx.Node, dim: int, index: tuple[Any, ...]) -> Parts
     return walk.opaque(node, dim, Note.UNKNOWN_OP)
 
 
-def source_of_index(node: fx.Node) -> fx.Node:
+def _indexed(node: fx.Node) -> fx.Node:
     """The tensor that is indexed."""
     base = node.args[0]
     assert isinstance(base, fx.Node), "the base of a traced index is a node"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import MutableMapping, Sequence
 
-import torch.nn.functional as F
 from torch import fx
 
 from sparse_compile.passes.graph_facts import (
@@ -19,6 +18,7 @@ from sparse_compile.passes.graph_facts import (
     static_length,
     tensor_inputs,
 )
+from sparse_compile.passes.match_attention import ATTENTION
 from sparse_compile.passes.token_parts import Note, Part, Parts, all_origins, part, tidy, total
 from sparse_compile.passes.token_roles import VECTOR, Inputs, role_of_input, role_of_part
 from sparse_compile.passes.token_views import VIEW_RULES, Rule, Walk, source_of
@@ -29,8 +29,6 @@ Memo = MutableMapping[tuple[fx.Node, int], Parts]
 
 MAX_DEPTH = 40
 """Nodes on the way before a walk is taken up again from its far end; each takes some frames of the stack."""
-
-ATTENTION = F.scaled_dot_product_attention
 
 
 def trace_tokens(node: fx.Node, dim: int, inputs: Inputs, memo: Memo) -> Parts:

@@ -48,8 +48,9 @@ class Claim:
         """Take a layer that is called for the first time."""
         known = self._layers.setdefault(layer.planner, [])
         layer.claim = self
-        layer.index = len(known)
-        known.append(weakref.ref(layer))
+        layer.index = self._next_places(layer.planner)[0]
+        known[layer.index : layer.index + 1] = [weakref.ref(layer)]
+        layer.calls = 0
         layer.kept_dense = self._keeps_dense(layer.index, layer.planner)
         layer.refresh()
 
@@ -58,11 +59,17 @@ class Claim:
         for references in self._layers.values():
             yield from (layer for reference in references if (layer := reference()) is not None)
 
+    def forget_layers(self) -> None:
+        """Start anew, as if nothing of the model had been compiled."""
+        self._layers.clear()
+        self._counts.clear()
+        self.planners.clear()
+
     def phase_of_new_layer(self, planner: Planner, ahead: int) -> Phase:
         """The phase of a layer never called, with ``ahead`` other new ones before it."""
-        if self._keeps_dense(len(self._layers.get(planner, ())) + ahead, planner):
-            return Phase.DENSE
-        return planner.phase(self.clock.moment, None)
+        free = self._next_places(planner)
+        index = free[ahead] if ahead < len(free) else free[-1] + 1 + ahead - len(free)
+        return Phase.DENSE if self._keeps_dense(index, planner) else self.clock.phase(planner, None)
 
     def restart(self) -> None:
         """A generation starts: layers are counted anew, so that each generation decides as the first one did."""
@@ -102,6 +109,11 @@ class Claim:
             layer.kept_dense = self._keeps_dense(layer.index, layer.planner)
             layer.refresh()
 
+    def _next_places(self, planner: Planner) -> list[int]:
+        """Where the next layers go: the places of those whose Parameters were replaced, then the end."""
+        known = self._layers.get(planner, [])
+        return [*(place for place, layer in enumerate(known) if layer() is None), len(known)]
+
     def _keeps_dense(self, index: int, planner: Planner) -> bool:
         return keeps_dense(index, self._counts.get(planner), planner.config.dense_layers)
 
@@ -119,8 +131,8 @@ def keeps_dense(index: int, count: int | None, dense_layers: float | int | str) 
         ranges = layer_ranges(dense_layers)
         if count is None and any(first < 0 for first, _ in ranges):
             return True
-        at = [index, index - (count or 0) if count is not None else index]
-        return any(first <= place <= last for first, last in ranges for place in at)
+        places = (index,) if count is None or index >= count else (index, index - count)
+        return any(first <= place <= last for first, last in ranges for place in places)
     if isinstance(dense_layers, int):
         return index < dense_layers
     if count is None:
@@ -150,6 +162,19 @@ class Clock:
         claim = Claim(self, model)
         self._claims.append(claim)
         return claim
+
+    def let_go(self) -> None:
+        """Give all models back; the Registry forgets their Parameters."""
+        self._claims.clear()
+
+    def phase(self, planner: Planner, searched: int | None) -> Phase:
+        """The phase of a call now; dense as long as no generation was started.
+
+        Args:
+            planner: whose call.
+            searched: step of the last search, see `Strategy.phase`.
+        """
+        return planner.phase(self.moment, searched) if self.steps else Phase.DENSE
 
     def start(self, steps: int, step: int = 0) -> None:
         """Start a generation: everything kept from an earlier one is void.

@@ -94,10 +94,11 @@ class Registry:
         return Phase.DENSE
 
     def kept_dense(self, parameter: object, planner: Planner) -> bool:
-        """Whether ``dense_layers`` keeps the layer of this Parameter dense, as far as is known."""
-        layers = self._layers.get(parameter)
-        layer: Layer | None = layers.get(planner) if layers is not None else None
-        return layer is not None and layer.kept_dense
+        """Whether ``dense_layers`` keeps the layer of this Parameter dense.
+
+        A layer that was never called takes its place among the others now: ask in the order of the calls.
+        """
+        return self.layer(parameter, planner).kept_dense
 
     # ------------------------------------------------------------------ clocks
 
@@ -143,6 +144,7 @@ class Registry:
                 for layer in self.layers_of(parameter):
                     layer.claim = None
                     layer.refresh()
+            clock.let_go()
 
     def on_detach(self, clock: Clock, undo: Callable[[], None]) -> None:
         """What to undo when this clock is detached from its source."""
@@ -215,12 +217,15 @@ class Registry:
         return [(parameter, records) for parameter, records in found if records is not None]
 
     def reset(self) -> None:
-        """Forget everything: layers with their state, clocks, records. `torch._dynamo.reset()` ends here."""
+        """Forget what was compiled and all that hangs on it: layers with their state, records, planners.
+
+        `torch._dynamo.reset()` ends here. Who tells the time to whom is nothing compiled, so attached pipelines and
+        open `denoising` blocks stay; their models start anew.
+        """
         with self._lock:
-            for clock in list(self._detach):
-                self.detach(clock)
+            for claim in dict.fromkeys(self._claims.values()):
+                claim.forget_layers()
             self._layers.clear()
-            self._claims.clear()
             self._records.clear()
             self._planners.clear()
             self.unowned.clear()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import weakref
 from collections import deque
@@ -27,6 +28,7 @@ Branch = Hashable
 """The name that a pipeline gives to a CFG branch, or the ordinal of the layer's call within the step."""
 
 _allocation = threading.Lock()
+_made = itertools.count()
 
 
 class Call(NamedTuple):
@@ -62,8 +64,8 @@ class Layer:
         self.phase = Phase.DENSE
         """The phase of the next call; the guard compares only this."""
         self.claim: Claim | None = None
-        self.index = 0
-        """Its place in the order of first calls of its model."""
+        self.index = next(_made)
+        """Its place in the order of first calls of its model; before it has a clock, among all layers."""
         self.kept_dense = False
         """Whether `dense_layers` keeps it dense for the whole generation."""
         self.calls = 0
@@ -90,7 +92,7 @@ class Layer:
         if self.claim is None or self.kept_dense:
             self.phase = Phase.DENSE
         else:
-            self.phase = self.planner.phase(self.claim.clock.moment, self.searched())
+            self.phase = self.claim.clock.phase(self.planner, self.searched())
 
     def state(self, branch: Branch, generation: int) -> BranchState:
         """The branch's state in this generation; what an earlier generation left is zeroed in place."""

@@ -62,7 +62,7 @@ def test_a_dynamo_graph_tells_what_we_rely_on() -> None:
             dynamo_source=hasattr(weight, "_dynamo_source"),
             compile_id="dynamo_compile_id" in graph_module.meta,
             names_of_parameters=hasattr(graph_module, "_param_name_to_source"),
-            fake_mode=torch_internals.fake_mode_of(inputs) is not None,
+            fake_mode=torch_internals.fake_mode_of(graph_module) is not None,
             nothing_of_ours=torch_internals.entry_number(graph_module) == 0,
         )
         inputs_by_name = {i.name: i for i in torch_internals.graph_inputs(graph_module).values()}
@@ -159,7 +159,7 @@ def test_marked_state_is_a_static_input_of_inductor(monkeypatch: pytest.MonkeyPa
         last = copied.graph.find_nodes(op="placeholder")[-1]
         with copied.graph.inserting_after(last):
             state = copied.graph.placeholder("state")
-        with torch_internals.fake_mode_of(inputs):
+        with torch_internals.fake_mode_of(graph_module):
             example = torch.empty(4)
         torch_internals.mark_state_input(state, example)
         output = copied.graph.find_nodes(op="output")[0]

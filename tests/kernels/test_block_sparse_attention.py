@@ -36,7 +36,8 @@ def random_inputs(queries, keys, size=64, value_size=None, heads=(2, 1), batch=2
 def assert_matches_exact(q, k, v, plan, scale, kernel, *, ordinary_logits=True):
     """Error budgets of svg2.md, section 15, on every row, with poisoned memory.
 
-    Logits in the thousands are rounded by more than the absolute budgets, for SDPA too: they get the relative ones.
+    Logits in the thousands are rounded by more than the absolute budgets, in SDPA too: only the relative
+    budget is asked of them.
     """
     with nan_filled_empty():
         out, lse = attend(q, k, v, plan, scale, kernel=kernel)

@@ -19,7 +19,7 @@ from sparse_compile.plan import Plan, unpack_bits
 BYTES_AT_ONCE = 2**24
 """Most bytes of gathered keys and values in one batch of several groups."""
 TOKENS_AT_ONCE = 1024
-START_COST = 2**23
+START_COST = 2**22
 """What starting a batch costs (some 0.2 milliseconds), in multiply-adds of attention."""
 
 

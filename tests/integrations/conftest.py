@@ -1,0 +1,18 @@
+"""Every test here starts with nothing compiled, nothing remembered, and without gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from sparse_compile.runtime.registry import REGISTRY
+
+
+@pytest.fixture(autouse=True)
+def fresh_process() -> Iterator[None]:
+    torch.compiler.reset()
+    with torch.no_grad():
+        yield
+    REGISTRY.reset()

@@ -1,0 +1,80 @@
+"""A mask is known by its node and shape; what is no key padding keeps its site dense."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from attention_blocks import BATCH, TOKENS, SelfAttention, reason_of, site_of, video
+from torch import Tensor
+
+from sparse_compile.config import Config
+from sparse_compile.sites import MaskForm, Reason
+
+
+def valid() -> Tensor:
+    return torch.arange(TOKENS).expand(BATCH, -1) < TOKENS - 5
+
+
+def outer(m: Tensor) -> Tensor:
+    rows = m.view(BATCH, 1, 1, TOKENS).repeat(1, 1, TOKENS, 1)
+    return (rows & rows.transpose(2, 3)).bool()
+
+
+MASKS: list[tuple[str, Any, MaskForm, Reason | None]] = [
+    ("per key", lambda m: m[:, None, None, :], MaskForm.KEY_PADDING, None),
+    ("one for the batch", lambda m: m[:1, None, None, :], MaskForm.KEY_PADDING, None),
+    ("one row", lambda m: m[:1], MaskForm.KEY_PADDING, None),
+    ("outer product", outer, MaskForm.OUTER, None),
+    ("outer product by broadcast", lambda m: m[:, None, None, :] & m[:, None, :, None], MaskForm.OUTER, None),
+    (
+        "rows twice",
+        lambda m: (a := m[:, None, None, :].expand(-1, 1, TOKENS, -1)) & a,
+        MaskForm.GENERAL,
+        Reason.MASK,
+    ),
+    (
+        "product of two tensors",
+        lambda m: m[:, None, None, :] & m.flip(1)[:, None, :, None],
+        MaskForm.GENERAL,
+        Reason.MASK,
+    ),
+    (
+        "product of other elements",
+        lambda m: torch.cat([m, m], 1)[:, None, None, :TOKENS] & torch.cat([m, m], 1)[:, None, TOKENS:, None],
+        MaskForm.GENERAL,
+        Reason.MASK,
+    ),
+    ("sum", lambda m: m[:, None, None, :] | m[:, None, :, None], MaskForm.GENERAL, Reason.MASK),
+    (
+        "square with its transpose",
+        lambda m: (a := m[:1].repeat(TOKENS, 1).tril()) & a.mT,
+        MaskForm.GENERAL,
+        Reason.MASK,
+    ),
+    ("per query", lambda m: m[:, None, :, None].expand(-1, -1, -1, TOKENS), MaskForm.GENERAL, Reason.MASK),
+    ("per head", lambda m: m[:, None, None, :].repeat(1, 2, 1, 1), MaskForm.GENERAL, Reason.MASK),
+    ("square", lambda m: m[0].expand(TOKENS, -1).tril(), MaskForm.GENERAL, Reason.MASK),
+    ("bias per key", lambda m: m[:, None, None, :].float(), MaskForm.KEY_BIAS, Reason.KEY_BIAS),
+    ("bias per pair", lambda m: m[0].expand(TOKENS, -1).float(), MaskForm.GENERAL, Reason.MASK),
+]
+
+
+@pytest.mark.parametrize(
+    ("make", "form", "reason"), [case[1:] for case in MASKS], ids=[case[0] for case in MASKS]
+)
+def test_a_mask_is_known_by_its_node_and_shape(make: Any, form: MaskForm, reason: Reason | None) -> None:
+    block = SelfAttention()
+
+    def forward(hidden_states: Tensor, m: Tensor) -> Tensor:
+        return block(hidden_states, mask=make(m))
+
+    site = site_of(forward, video(), valid())
+    assert site.decision is not None
+    assert (site.mask_form, site.decision.reason) == (form, reason)
+
+
+def test_too_few_tokens_are_named_before_a_mask() -> None:
+    square = torch.ones(TOKENS, TOKENS, dtype=torch.bool).tril()
+    assert reason_of(SelfAttention(), video(), square, config=Config(min_tokens=1000)) is Reason.TOO_SHORT

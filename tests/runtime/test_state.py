@@ -1,0 +1,291 @@
+from __future__ import annotations
+
+import gc
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from generations import (
+    BRANCHES,
+    WAYS,
+    assert_same,
+    generate,
+    layers_of,
+    phases,
+    regions_of,
+    state_tensors,
+    whole,
+)
+from toy_models import Stack, tokens
+from torch import Tensor, nn
+
+import sparse_compile
+from sparse_compile.call_log import log_spec, read_rows
+from sparse_compile.config import Config
+from sparse_compile.plan import TensorSpec
+from sparse_compile.runtime.state import BranchState, Layer, LayerGroup, allocate
+from sparse_compile.strategies.base import Planner
+from sparse_compile.strategies.svg2 import Svg2
+
+CPU = torch.device("cpu")
+
+
+def a_layer() -> Layer:
+    return Layer(Planner(Svg2(), Config()))
+
+
+def spec(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> TensorSpec:
+    return TensorSpec(shape, dtype, torch.device(device))
+
+
+# ---------------------------------------------------------------------- one layer
+
+
+def test_state_starts_as_zeros_and_keeps_its_tensors() -> None:
+    layer = a_layer()
+    state = layer.state("cond", 1)
+    tensors, fresh = layer.tensors(state, 0, [spec(2, 3), spec(1, dtype=torch.int32)])
+    assert fresh
+    assert [t.any().item() for t in tensors] == [False] * 3
+    again, fresh = layer.tensors(layer.state("cond", 1), 0, [spec(2, 3), spec(1, dtype=torch.int32)])
+    assert not fresh
+    assert all(one is two for one, two in zip(tensors, again, strict=True))
+
+
+def test_branches_and_ordinals_have_their_own_tensors() -> None:
+    layer = a_layer()
+    made = [
+        tensor
+        for branch in BRANCHES
+        for ordinal in (0, 1)
+        for tensor in layer.tensors(layer.state(branch, 1), ordinal, [spec(2, 3)])[0]
+    ]
+    assert len({tensor.data_ptr() for tensor in made}) == len(made) == 8
+
+
+def test_a_new_generation_zeroes_in_place_and_forgets_the_search() -> None:
+    layer = a_layer()
+    state = layer.state("cond", 1)
+    (tensor, log), _ = layer.tensors(state, 0, [spec(4)])
+    tensor.fill_(7)
+    log[0, 0] = 3
+    state.searched = 2
+    renewed = layer.state("cond", 2)
+    assert renewed is state
+    assert renewed.searched is None
+    assert not tensor.any()
+    assert layer.tensors(renewed, 0, [spec(4)])[0][0] is tensor
+    assert read_rows(log)[0] == 3
+
+
+@pytest.mark.parametrize(
+    "other", [spec(5), spec(4, dtype=torch.bfloat16), spec(4, device="meta")], ids=["shape", "dtype", "device"]
+)
+def test_another_shape_dtype_or_device_makes_new_tensors(other: TensorSpec) -> None:
+    layer = a_layer()
+    state = layer.state("cond", 1)
+    old = layer.tensors(state, 0, [spec(4)])[0][0]
+    (new, log), fresh = layer.tensors(state, 0, [other])
+    assert fresh
+    assert new is not old
+    assert (tuple(new.shape), new.dtype, new.device) == other
+    assert log.device == other.device
+
+
+def test_the_call_log_moves_with_the_device_and_keeps_its_rows() -> None:
+    layer = a_layer()
+    state = layer.state("cond", 1)
+    (_, log), _ = layer.tensors(state, 0, [spec(4)])
+    log[0, 0], log[1, 0] = 1, 0.25
+    state.logs[0] = FakeDevice(log)  # type: ignore[assignment]  # stands for a log on another device
+    (_, moved), _ = layer.tensors(state, 0, [spec(4)])
+    assert read_rows(moved) == read_rows(log)
+
+
+class FakeDevice:
+    """A tensor that says it lies elsewhere."""
+
+    device = torch.device("meta")
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+    def to(self, *_: Any, **__: Any) -> Tensor:
+        return self.tensor.clone()
+
+
+def test_state_made_in_inference_mode_may_be_mutated_outside() -> None:
+    with torch.inference_mode():
+        tensor = allocate(spec(3))
+    assert not tensor.is_inference()
+    tensor.add_(1)
+    assert not tensor.requires_grad
+
+
+def test_state_made_under_gradients_takes_none() -> None:
+    with torch.enable_grad():
+        assert not allocate(spec(3)).requires_grad
+
+
+def test_a_group_ends_with_any_of_its_parameters() -> None:
+    parameters = [nn.Parameter(torch.zeros(1)) for _ in range(2)]
+    layers = [a_layer(), a_layer()]
+    references = [*map(weakref.ref, layers)]
+    group = LayerGroup(parameters, layers)
+    assert group.holds(parameters)
+    assert not group.holds(parameters[::-1])
+    del parameters[1], layers
+    gc.collect()
+    assert not group.holds([*parameters, object()])
+    assert [reference() for reference in references] == [None, None]
+
+
+def test_recounting_takes_the_rows_from_the_device() -> None:
+    layer = a_layer()
+    layer.branches = {"cond": BranchState(1, rows=9), "uncond": BranchState(1, rows=9)}
+    log = allocate(log_spec(CPU))
+    log[0, 0] = 4
+    layer.branches["cond"].logs = {0: allocate(log_spec(CPU)), 1: log}
+    layer.recount_rows()
+    assert [state.rows for state in layer.branches.values()] == [4, 0]
+
+
+# ---------------------------------------------------------------------- whole generations
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_state_stays_at_its_address_over_generations(way: str) -> None:
+    model, call = WAYS[way]()
+    with sparse_compile.denoising(model, steps=4) as clock:
+        generate(call, clock)
+        addresses = [tensor.data_ptr() for tensor in state_tensors(model)]
+        for _ in range(2):
+            clock.start(4)
+            generate(call, clock)
+    assert [tensor.data_ptr() for tensor in state_tensors(model)] == addresses
+    assert len(set(addresses)) == len(addresses) == 2 * len(BRANCHES) * 4
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_second_generation_equals_the_first(way: str) -> None:
+    model, call = WAYS[way]()
+    with sparse_compile.denoising(model, steps=5) as clock:
+        first = generate(call, clock)
+        clock.start(5)
+        assert_same(generate(call, clock), first)
+    with sparse_compile.denoising(model, steps=5) as clock:
+        assert_same(generate(call, clock), first)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_generation_of_other_length_decides_anew(way: str) -> None:
+    model, call = WAYS[way](dense_steps=0.5)
+    with sparse_compile.denoising(model, steps=4) as clock:
+        generate(call, clock, ["cond"])
+        clock.start(6)
+        generate(call, clock, ["cond"])
+    want = ["dense"] * 2 + ["search", "sparse"] + ["dense"] * 3 + ["search"] + ["sparse"] * 2
+    assert phases(model) == [want] * 2
+
+
+def lost_state(model: Stack, call: Any, change: Any, x: Tensor, steps: int = 5) -> tuple[list[Tensor], Tensor]:
+    """Change something before step 3; the outputs of steps 3 and 4, and what the model itself gives."""
+    with sparse_compile.denoising(model, steps=steps) as clock, clock.branch("cond"):
+        for step in range(3):
+            call(tokens(seed=step))
+            clock.step()
+        change()
+        outputs = []
+        for _ in range(2):
+            outputs.append(call(x))
+            clock.step()
+    eager = Stack(len(model.blocks))
+    eager.load_state_dict(model.state_dict())
+    return outputs, eager.to(x.dtype)(x)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("what", ["length", "batch", "dtype"])
+def test_a_call_of_another_shape_or_dtype_attends_to_everything_and_the_next_searches(way: str, what: str) -> None:
+    model, call = WAYS[way](dense_steps=0)
+    x = {"length": tokens(96, seed=9), "batch": tokens(batch=2, seed=9), "dtype": tokens(seed=9).bfloat16()}[what]
+
+    def change() -> None:
+        model.to(x.dtype)
+
+    outputs, dense = lost_state(model, call, change, x)
+    torch.testing.assert_close(outputs[0], dense)
+    assert not torch.allclose(outputs[1], dense, atol=1e-2)
+    assert phases(model) == [["search", "sparse", "sparse", "sparse", "search"]] * 2
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("block", [0, 1])
+def test_a_replaced_parameter_starts_again(way: str, block: int) -> None:
+    model, call = WAYS[way](dense_steps=0)
+    old = layers_of(model)
+    references = []
+
+    def change() -> None:
+        linear = model.blocks[block].to_q
+        references.append(weakref.ref(linear.weight))
+        linear.weight = nn.Parameter(linear.weight * 1.1, requires_grad=False)
+
+    outputs, dense = lost_state(model, call, change, tokens(seed=9))
+    assert all(layer not in layers_of(model) for layer in old)
+    gc.collect()
+    assert references[0]() is None
+    if way == "whole":
+        torch.testing.assert_close(outputs[0], dense)
+    assert not torch.allclose(outputs[1], dense, atol=1e-2)
+    history = phases(model)[block]
+    assert history[-1] == ("search" if way == "whole" else "sparse")
+    assert history[-2:] in (["sparse", "search"], ["search", "sparse"], ["dense", "search"])
+
+
+def test_a_replaced_first_parameter_keeps_its_place_among_the_dense_layers() -> None:
+    model, call = whole(3, dense_layers=1)
+    with sparse_compile.denoising(model, steps=4) as clock:
+        generate(call, clock, ["cond"])
+        linear = model.blocks[0].to_q
+        linear.weight = nn.Parameter(linear.weight * 1.1, requires_grad=False)
+        gc.collect()
+        clock.start(4)
+        generate(call, clock, ["cond"])
+    assert [set(seen[-4:]) == {"dense"} for seen in phases(model)] == [True, False, False]
+
+
+class Failure(Exception):
+    pass
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_failing_search_is_searched_again_and_the_log_stays_in_step(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, call = WAYS[way](dense_steps=0)
+    want_model, want_call = WAYS[way](dense_steps=0)
+    with sparse_compile.denoising(want_model, steps=4) as clock:
+        want = generate(want_call, clock, ["cond"])
+    with sparse_compile.denoising(model, steps=4) as clock:
+        generate(call, clock, ["cond"])
+        clock.start(4)
+        lead = layers_of(model)[0]
+        region = next(iter(lead.groups))
+        compiled = region._compiled  # type: ignore[attr-defined]
+
+        def run_and_fail(*args: Any) -> Any:
+            compiled(*args)
+            raise Failure
+
+        with monkeypatch.context() as patch:
+            patch.setattr(region, "_compiled", run_and_fail)
+            with pytest.raises(Failure), clock.branch("cond"):
+                call(tokens(seed=100))
+        assert lead.branches["cond"].searched is None
+        assert lead.branches["cond"].rows == 5
+        assert len(lead.history) == 4
+        assert_same(generate(call, clock, ["cond"]), want)
+    steps = sparse_compile.explain(model).generations
+    assert [step.phase for step in steps[1].steps] == ["search", "sparse", "sparse", "sparse"]
+    assert [step.density for step in steps[1].steps] == [step.density for step in steps[0].steps]
+    assert len(regions_of(model)) == 2
