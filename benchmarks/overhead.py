@@ -118,9 +118,10 @@ def main() -> int:
     for way in ("whole", "regional"):
         figures = measure(arguments.layers, arguments.tokens, arguments.rounds, way == "regional")
         results[way] = figures
+        share, per_layer = f"{100 * figures['share']:+.1f} %", f"{figures['per_layer']:+.1f} us a layer"
         print(
             f"{way:9s} inductor {figures['inductor']:8.0f} us, sparse_attn {figures['sparse_attn']:8.0f} us:"
-            f" {figures['added']:+.0f} us a call ({100 * figures['share']:+.1f} %, {figures['per_layer']:+.1f} us a layer)"
+            f" {figures['added']:+.0f} us a call ({share}, {per_layer})"
         )
     if arguments.json:
         versions = {"torch": torch.__version__, "layers": arguments.layers, "tokens": arguments.tokens}

@@ -121,7 +121,9 @@ def _models_of(model_or_pipe: Any) -> Mapping[str, nn.Module]:
     components = getattr(model_or_pipe, "components", None)
     if not isinstance(components, dict):
         raise SparseAttentionError(
-            "explain needs a module or a diffusers pipeline", type(model_or_pipe).__name__, "Give the transformer or the pipeline."
+            "explain needs a module or a diffusers pipeline",
+            type(model_or_pipe).__name__,
+            "Give the transformer or the pipeline.",
         )
     from sparse_compile.integrations.diffusers import denoisers
 

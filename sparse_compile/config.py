@@ -106,7 +106,16 @@ def _one_of(*words: str) -> Parse:
 
 
 def _boolean(value: object) -> bool:
-    known = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
+    known = {
+        "1": True,
+        "true": True,
+        "yes": True,
+        "on": True,
+        "0": False,
+        "false": False,
+        "no": False,
+        "off": False,
+    }
     if isinstance(value, bool):
         return value
     if isinstance(value, str) and value.lower() in known:
@@ -161,7 +170,9 @@ def _method(value: object) -> str:
 def _kernel(value: object) -> str:
     if value == "triton":
         raise SparseAttentionError(
-            "option 'kernel' must name an available implementation", value, "Triton kernels come in a later version; use 'auto'."
+            "option 'kernel' must name an available implementation",
+            value,
+            "Triton kernels come in a later version; use 'auto'.",
         )
     return str(_one_of("auto", "cpu", "reference")(value))
 
@@ -174,7 +185,9 @@ def _option(default: Any, parse: Parse, accepts: str, doc: str) -> Any:
 class Config:
     """All options of one compilation, checked. Equal options give equal Configs."""
 
-    method: str = _option("svg2", _method, "svg2, dense, an installed plug-in, or 'module:Strategy'", "which sparse attention")
+    method: str = _option(
+        "svg2", _method, "svg2, dense, an installed plug-in, or 'module:Strategy'", "which sparse attention"
+    )
     top_p: float = _option(
         0.9, _within(0, 1, open_low=True), "a number in (0, 1]", "SVG2: attention mass kept per query cluster"
     )
@@ -192,10 +205,16 @@ class Config:
         "order in which key clusters are kept; random is a control for quality tables",
     )
     q_clusters: int | None = _option(
-        None, _or("auto", None, _at_least(1)), "auto or an integer >= 1", "query clusters; auto: tokens / 256 in [32, 400]"
+        None,
+        _or("auto", None, _at_least(1)),
+        "auto or an integer >= 1",
+        "query clusters; auto: tokens / 256 in [32, 400]",
     )
     k_clusters: int | None = _option(
-        None, _or("auto", None, _at_least(1)), "auto or an integer >= 1", "key clusters; auto: tokens / 76 in [64, 1000]"
+        None,
+        _or("auto", None, _at_least(1)),
+        "auto or an integer >= 1",
+        "key clusters; auto: tokens / 76 in [64, 1000]",
     )
     kmeans_iters_init: int = _option(50, _at_least(1), "an integer >= 1", "k-means iterations of a search")
     kmeans_iters: int = _option(2, _at_least(1), "an integer >= 1", "k-means iterations of a sparse call")
@@ -215,10 +234,16 @@ class Config:
         "fewest video tokens to go sparse; auto: the method's floor (SVG2: 4 x k_clusters)",
     )
     text_tokens: int | None = _option(
-        None, _or("auto", None, _at_least(0)), "auto or an integer >= 0", "text tokens, where the graph does not tell"
+        None,
+        _or("auto", None, _at_least(0)),
+        "auto or an integer >= 0",
+        "text tokens, where the graph does not tell",
     )
     text_position: str = _option(
-        "auto", _one_of("auto", "first", "last"), "auto, first or last", "where those text tokens lie; auto: last"
+        "auto",
+        _one_of("auto", "first", "last"),
+        "auto, first or last",
+        "where those text tokens lie; auto: last",
     )
     kernel: str = _option("auto", _kernel, "auto, cpu or reference", "which implementation of the ops")
     strict: bool = _option(
@@ -249,7 +274,7 @@ class Config:
         Raises:
             SparseAttentionError: an option is unknown, out of range, or belongs to a later version.
         """
-        chosen = _from_environment(os.environ if environ is None else environ)
+        chosen: dict[str, Any] = _from_environment(os.environ if environ is None else environ)
         for name, value in (options or {}).items():
             _check_known(name)
             chosen[name] = value
@@ -289,8 +314,8 @@ def _check_known(name: str) -> None:
     raise SparseAttentionError("options must name known settings", name, remedy)
 
 
-def _from_environment(environ: Mapping[str, str]) -> dict[str, object]:
-    chosen: dict[str, object] = {}
+def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
+    chosen: dict[str, Any] = {}
     known = list(declared_options())
     for variable, value in environ.items():
         if not variable.startswith(ENV_PREFIX) or variable in FOREIGN_VARIABLES:

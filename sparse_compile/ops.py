@@ -151,7 +151,18 @@ def _plan_top_p(
 
     _implementation(kernel)
     return reference.plan_top_p(
-        q_means, k_means, q_offsets, k_offsets, ready, scale, top_p, min_kept, density, rank_by, padded_queries_attend, seed
+        q_means,
+        k_means,
+        q_offsets,
+        k_offsets,
+        ready,
+        scale,
+        top_p,
+        min_kept,
+        density,
+        rank_by,
+        padded_queries_attend,
+        seed,
     )
 
 
@@ -255,7 +266,9 @@ def _attention_output(q: Tensor, v: Tensor, token_major: bool) -> Tensor:
 
 def _implementation(kernel: str) -> str:
     if kernel not in KERNELS:
-        raise SparseAttentionError(f"kernel must be one of {', '.join(KERNELS)}", kernel, "Use the option kernel='auto'.")
+        raise SparseAttentionError(
+            f"kernel must be one of {', '.join(KERNELS)}", kernel, "Use the option kernel='auto'."
+        )
     return kernel
 
 

@@ -42,7 +42,12 @@ class Reason(Enum):
         "the graph does not tell which tokens are video",
         "Give text_tokens and text_position, or compile with fullgraph=True.",
     )
-    TOKEN_ORDER = ("token_order_unknown", False, "a gather or an unknown operation reorders the video tokens", "")
+    TOKEN_ORDER = (
+        "token_order_unknown",
+        False,
+        "a gather or an unknown operation reorders the video tokens",
+        "",
+    )
     DYNAMIC_SPLIT = (
         "dynamic_split",
         False,
@@ -55,7 +60,12 @@ class Reason(Enum):
         "no Parameter above the query, so no place to keep state",
         "Avoid graph breaks between projection and attention (sequential or leaf-level offload makes them).",
     )
-    NESTED = ("nested_graph", False, "the attention lies in a sub-graph", "Switch gradient checkpointing off.")
+    NESTED = (
+        "nested_graph",
+        False,
+        "the attention lies in a sub-graph",
+        "Switch gradient checkpointing off.",
+    )
     CAUSAL = ("causal", False, "causal attention", "")
     DROPOUT = ("dropout", False, "attention with dropout", "Call model.eval().")
     MASK = ("mask", False, "a mask that is not a key-padding mask", "")
@@ -135,7 +145,6 @@ class TokenPart:
     def visual(self) -> bool:
         """Whether these tokens are clustered: video, or a control stream in the shape of one."""
         return self.role in VISUAL_ROLES
-
 
     def symbolic_length(self) -> int | torch.SymInt:
         """The length as the graph has it; the hint where the graph does not spell it out."""

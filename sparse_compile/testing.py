@@ -1,9 +1,9 @@
 """Helpers to unit-test a rewrite or a strategy: what our own tests use.
 
-    graph = capture(lambda q, k, v: scaled_dot_product_attention(q, k, v), q, k, v)[0]
-    sites = find(graph, min_tokens=64)
-    assert sites[0].sparse
-    assert count_ops(rewrite(graph, Phase.SPARSE, min_tokens=64).graph_module, "block_sparse_attention") == 1
+graph = capture(lambda q, k, v: scaled_dot_product_attention(q, k, v), q, k, v)[0]
+sites = find(graph, min_tokens=64)
+assert sites[0].sparse
+assert count_ops(rewrite(graph, Phase.SPARSE, min_tokens=64).graph_module, "block_sparse_attention") == 1
 """
 
 from __future__ import annotations
@@ -56,7 +56,11 @@ class Rewritten:
 
 
 def capture(
-    function: Callable[..., Any], *args: Any, fullgraph: bool = True, dynamic: bool | None = None, **kwargs: Any
+    function: Callable[..., Any],
+    *args: Any,
+    fullgraph: bool = True,
+    dynamic: bool | None = None,
+    **kwargs: Any,
 ) -> list[Captured]:
     """The graphs that Dynamo makes of one call, under ``torch.no_grad()``, in order.
 

@@ -41,9 +41,7 @@ class SelfAttention(Block):
 
 
 class Joint(Block):
-    def forward(
-        self, hidden_states: Tensor, encoder_hidden_states: Tensor, mask: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor, mask: Tensor | None = None) -> Tensor:
         x = torch.cat([hidden_states, encoder_hidden_states], dim=1)
         return super().forward(x, x, attn_mask=mask)
 
@@ -61,6 +59,22 @@ class RefinedModel(nn.Module):
         return self.refiner(hidden_states)
 
 
+class Patched(Block):
+    """Video made of several axes, and text."""
+
+    def forward(self, latents: Tensor, encoder_hidden_states: Tensor) -> Tensor:
+        x = torch.cat([latents.flatten(2).mT, encoder_hidden_states], dim=1)
+        return super().forward(x, x)
+
+
+class PatchedBoth(Block):
+    """Video and text, both made of several axes."""
+
+    def forward(self, latents: Tensor, caption: Tensor) -> Tensor:
+        x = torch.cat([latents.flatten(2).mT, caption.flatten(2).mT], dim=1)
+        return super().forward(x, x)
+
+
 def video() -> Tensor:
     return torch.randn(BATCH, TOKENS, WIDTH)
 
@@ -75,9 +89,7 @@ def only(captured: Captured, config: Config = SMALL, refusal: Reason | None = No
     return site
 
 
-def site_of(
-    function: Any, *args: Any, config: Config = SMALL, dynamic: bool | None = None, **kwargs: Any
-) -> Site:
+def site_of(function: Any, *args: Any, config: Config = SMALL, dynamic: bool | None = None, **kwargs: Any) -> Site:
     return only(capture(function, *args, dynamic=dynamic, **kwargs)[0], config)
 
 

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from toy_models import EAGER, Stack, tokens
 from torch import Tensor, nn
+from toy_models import EAGER, Stack, tokens
 
 from sparse_compile.runtime.clock import Clock
 from sparse_compile.runtime.region import Region
@@ -39,7 +39,9 @@ def regional(layers: int = 2, **options: object) -> tuple[Stack, Call]:
 WAYS = {"whole": whole, "regional": regional}
 
 
-def generate(call: Call, clock: Clock, branches: Sequence[str] = BRANCHES, named: bool = True) -> dict[str, list[Tensor]]:
+def generate(
+    call: Call, clock: Clock, branches: Sequence[str] = BRANCHES, named: bool = True
+) -> dict[str, list[Tensor]]:
     """Run all steps of the clock's generation; the outputs of each branch."""
     outputs: dict[str, list[Tensor]] = {branch: [] for branch in branches}
     for step in range(clock.moment.step, clock.steps):

@@ -115,13 +115,9 @@ def make_plan(clusters: Clustered, scale: float, *, kernel: str = "cpu", **optio
     return Plan(clusters.q_order, clusters.q_offsets, clusters.k_order, clusters.k_offsets, keep)
 
 
-def attend(
-    q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, *, kernel: str = "cpu"
-) -> tuple[Tensor, Tensor]:
+def attend(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, *, kernel: str = "cpu") -> tuple[Tensor, Tensor]:
     fields = (plan.q_order, plan.q_offsets, plan.k_order, plan.k_offsets, plan.keep)
-    result: tuple[Tensor, Tensor] = OPS.block_sparse_attention(
-        q, k, v, *fields, None, new_log(), scale, True, kernel
-    )
+    result: tuple[Tensor, Tensor] = OPS.block_sparse_attention(q, k, v, *fields, None, new_log(), scale, True, kernel)
     return result
 
 

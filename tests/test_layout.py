@@ -186,10 +186,7 @@ def test_no_module_is_named_utils():
 
 def test_no_source_file_is_too_long():
     files = [
-        path
-        for folder in SOURCE_FOLDERS
-        for path in (ROOT / folder).rglob("*")
-        if path.suffix in (".py", ".cpp", ".h")
+        path for folder in SOURCE_FOLDERS for path in (ROOT / folder).rglob("*") if path.suffix in (".py", ".cpp", ".h")
     ]
     lengths = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in files}
     assert not {name: length for name, length in lengths.items() if length > LONGEST_FILE}

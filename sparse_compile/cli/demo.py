@@ -34,9 +34,7 @@ CAPTION = (
     "This shows correctness and quality, not speed: the videos are tiny, and on a CPU sparse attention of "
     "this version runs in plain torch."
 )
-SECONDS_NOTE = (
-    "run: mean of the videos, all compiled\ncompile: a first generation minus the same one repeated"
-)
+SECONDS_NOTE = "run: mean of the videos, all compiled\ncompile: a first generation minus the same one repeated"
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -96,9 +94,7 @@ def _generate_both(
     return runs[0], runs[1], report
 
 
-def _rows(
-    scenes: Sequence[Scene], measured: list[dict[str, float]], report: Mapping[str, Any]
-) -> list[dict[str, Any]]:
+def _rows(scenes: Sequence[Scene], measured: list[dict[str, float]], report: Mapping[str, Any]) -> list[dict[str, Any]]:
     """One row a video: prompt, densities of its own generation where the report has them, metrics."""
     generations = report["generations"][-len(scenes) :]
     if len(generations) < len(scenes):

@@ -56,9 +56,7 @@ def check_versions() -> list[Finding]:
     installed = str(torch.__version__)
     major, minor = (int(part) for part in installed.split(".")[:2])
     wanted = ".".join(map(str, OLDEST_TORCH))
-    problem = (
-        f"torch >= {wanted} is needed: pip install --upgrade torch" if (major, minor) < OLDEST_TORCH else ""
-    )
+    problem = f"torch >= {wanted} is needed: pip install --upgrade torch" if (major, minor) < OLDEST_TORCH else ""
     return [
         Finding("python", platform.python_version()),
         Finding("sparse_compile", _version("sparse_compile")),

@@ -57,9 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Generate the same small videos with dense and with sparse attention, and compare them.",
     )
     _add_run_arguments(demo, steps=20, size=SIZES[0])
-    demo.add_argument(
-        "--prompts", type=_positive, default=2, metavar="N", help="how many videos (default: 2)"
-    )
+    demo.add_argument("--prompts", type=_positive, default=2, metavar="N", help="how many videos (default: 2)")
     demo.add_argument("--out", default="demo_output", metavar="DIR", help="folder for pictures (demo_output)")
     demo.add_argument("--json", metavar="FILE", help="write all figures to FILE")
 
@@ -69,9 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Run a few steps of the demo pipeline and print what was done with each attention.",
     )
     _add_run_arguments(explain, steps=5, size=SIZES[1])
-    explain.add_argument(
-        "--json", nargs="?", const="-", metavar="FILE", help="JSON, to FILE or to the terminal"
-    )
+    explain.add_argument("--json", nargs="?", const="-", metavar="FILE", help="JSON, to FILE or to the terminal")
 
     doctor = commands.add_parser(
         "doctor",
@@ -85,9 +81,7 @@ def build_parser() -> argparse.ArgumentParser:
 def _add_run_arguments(parser: argparse.ArgumentParser, *, steps: int, size: str) -> None:
     parser.set_defaults(needs_extra=True)
     parser.add_argument("--steps", type=_positive, default=steps, help=f"denoising steps (default: {steps})")
-    parser.add_argument(
-        "--size", choices=SIZES, default=size, help=f"frames x height x width (default: {size})"
-    )
+    parser.add_argument("--size", choices=SIZES, default=size, help=f"frames x height x width (default: {size})")
     parser.add_argument("--seed", type=int, default=0, help="of the starting noise (default: 0)")
     parser.add_argument("--regional", action="store_true", help="compile block by block, not the whole model")
     parser.add_argument(

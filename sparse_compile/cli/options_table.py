@@ -43,9 +43,7 @@ def with_table(text: str) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the table, or write it into a file."""
-    parser = argparse.ArgumentParser(
-        description=f"The options table; variables are {ENV_PREFIX} + upper case."
-    )
+    parser = argparse.ArgumentParser(description=f"The options table; variables are {ENV_PREFIX} + upper case.")
     parser.add_argument("--write", type=Path, metavar="FILE", help="write it between the markers of FILE")
     target = parser.parse_args(arguments).write
     if target is None:

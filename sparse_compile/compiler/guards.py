@@ -52,7 +52,7 @@ def phase_check(
 
         try:
             return registry.phase_of(parameters(), planner) is phase
-        except Exception:  # noqa: BLE001 - see above: a guard must not raise, whatever the frame holds
+        except Exception:  # see above: a guard must not raise, whatever the frame holds
             if not failed:
                 failed = True
                 log.exception("the phase guard could not read the frame; the model is compiled again")

@@ -69,7 +69,10 @@ def compile_graph(
 
 
 def find_sites(
-    graph_module: fx.GraphModule, inputs: Sequence[Any], graph_inputs: Mapping[fx.Node, GraphInput], planner: Planner
+    graph_module: fx.GraphModule,
+    inputs: Sequence[Any],
+    graph_inputs: Mapping[fx.Node, GraphInput],
+    planner: Planner,
 ) -> list[Site]:
     """Match and classify every attention of a graph."""
     sites = match_attention(graph_module, graph_inputs)
@@ -134,7 +137,9 @@ def check_strict(sites: Iterable[Site], config: Config) -> None:
         reason = site.decision.reason if site.decision is not None else None
         if reason is not None and not reason.by_design:
             remedy = reason.remedy or "Leave strict=True out to run it dense."
-            raise StrictModeError("under strict, every attention must be supported", f"{site.name}: {reason.sentence}", remedy)
+            raise StrictModeError(
+                "under strict, every attention must be supported", f"{site.name}: {reason.sentence}", remedy
+            )
 
 
 # ---------------------------------------------------------------------- layers of the graph
@@ -220,7 +225,12 @@ def _reason_for_all(inputs: Iterable[Any]) -> Reason | None:
 
 
 def _record(
-    graph_module: fx.GraphModule, sites: Sequence[Site], phase: Phase, kernel: str, planner: Planner, registry: Registry
+    graph_module: fx.GraphModule,
+    sites: Sequence[Site],
+    phase: Phase,
+    kernel: str,
+    planner: Planner,
+    registry: Registry,
 ) -> None:
     """Tell the report and the log what this compilation found."""
     limit = torch_internals.raise_recompile_limit()

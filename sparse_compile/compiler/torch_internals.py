@@ -55,7 +55,9 @@ def source_name(placeholder: fx.Node) -> str:
 
 
 def dotted_name(source: str, default: str) -> str:
-    """``L['self']._modules['blocks']._modules['0']._parameters['w']`` as ``blocks.0.w``, ``L['args'][2]`` as ``args_2``.
+    """A source without Dynamo's wrapping.
+
+    ``L['self']._modules['blocks']._modules['0']._parameters['w']`` is ``blocks.0.w``, ``L['args'][2]`` is ``args_2``.
 
     Args:
         source: where Dynamo finds the value.
@@ -81,7 +83,7 @@ def copy_graph(graph_module: fx.GraphModule) -> tuple[fx.GraphModule, dict[fx.No
     graph.output(graph.graph_copy(graph_module.graph, old_to_new))
     for old, new in old_to_new.items():
         if hasattr(old, "_dynamo_source"):
-            new._dynamo_source = old._dynamo_source  # type: ignore[attr-defined]  # a private attribute
+            new._dynamo_source = old._dynamo_source
     copied = fx.GraphModule(graph_module, graph)
     copied.meta = dict(graph_module.meta)
     if hasattr(graph_module, "_param_name_to_source"):
@@ -93,7 +95,7 @@ def mark_state_input(placeholder: fx.Node, example: torch.Tensor) -> None:
     """Make a placeholder of ours acceptable to AOTAutograd: without a source, at a static address."""
     placeholder.meta["example_value"] = example
     placeholder.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
-    placeholder._dynamo_source = None  # type: ignore[attr-defined]  # a private attribute
+    placeholder._dynamo_source = None
 
 
 def fake_mode_of(graph_module: fx.GraphModule) -> AbstractContextManager[Any]:
@@ -131,10 +133,12 @@ def compile_with_inductor(
     from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx
 
-    previous = torch.compiler.config.cache_key_tag
-    with torch.compiler.config.patch(cache_key_tag=f"{previous};{cache_tag}"):
-        compiled: Callable[..., Any] = compile_fx(graph_module, inputs, config_patches=list_mode_options(mode) or None)
-    return compiled
+    compiler_config: Any = torch.compiler.config  # a config module: mypy does not see its `patch`
+    tag = f"{compiler_config.cache_key_tag};{cache_tag}"
+    with compiler_config.patch(cache_key_tag=tag):
+        compiled: Any = compile_fx(graph_module, inputs, config_patches=list_mode_options(mode) or None)
+    runnable: Callable[..., Any] = compiled
+    return runnable
 
 
 def raise_recompile_limit() -> int:

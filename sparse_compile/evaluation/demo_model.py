@@ -76,16 +76,10 @@ class Scene:
 
 
 SHOWCASE = (
-    Scene.of(
-        ("circle", "magenta", "plain", "steady"), ("square", "yellow", "plain", "slow"), ("dotted", "blue")
-    ),
+    Scene.of(("circle", "magenta", "plain", "steady"), ("square", "yellow", "plain", "slow"), ("dotted", "blue")),
     Scene.of(("square", "blue", "plain", "slow"), ("circle", "red", "striped", "fast"), ("plain", "white")),
-    Scene.of(
-        ("triangle", "white", "plain", "slow"), ("circle", "blue", "dotted", "steady"), ("plain", "red")
-    ),
-    Scene.of(
-        ("square", "red", "dotted", "fast"), ("triangle", "green", "plain", "steady"), ("plain", "blue")
-    ),
+    Scene.of(("triangle", "white", "plain", "slow"), ("circle", "blue", "dotted", "steady"), ("plain", "red")),
+    Scene.of(("square", "red", "dotted", "fast"), ("triangle", "green", "plain", "steady"), ("plain", "blue")),
 )
 """Prompts whose colours stand apart, so that a picture of them is easy to read."""
 
@@ -118,9 +112,7 @@ def load_pipeline(dtype: torch.dtype = torch.float32) -> WanPipeline:
     """The shipped model in diffusers' `WanPipeline`, on the CPU, without a progress bar of its own."""
     transformer = WanTransformer3DModel.from_pretrained(CHECKPOINT, torch_dtype=dtype).eval()
     scheduler = FlowMatchEulerDiscreteScheduler(shift=SHIFT)
-    pipeline = WanPipeline(
-        tokenizer=None, text_encoder=None, vae=None, transformer=transformer, scheduler=scheduler
-    )
+    pipeline = WanPipeline(tokenizer=None, text_encoder=None, vae=None, transformer=transformer, scheduler=scheduler)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

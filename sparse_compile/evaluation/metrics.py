@@ -80,9 +80,7 @@ def flicker_gap(video: Tensor, reference: Tensor) -> Tensor:
     """
     video, reference = _checked(video, reference)
     if video.shape[2] < 2:
-        raise SparseAttentionError(
-            "flicker needs at least 2 frames", video.shape[2], "Generate a longer video."
-        )
+        raise SparseAttentionError("flicker needs at least 2 frames", video.shape[2], "Generate a longer video.")
     change = video.diff(dim=2).abs().mean(dim=(1, 2, 3, 4))
     expected = reference.diff(dim=2).abs().mean(dim=(1, 2, 3, 4))
     gap = (change - expected).abs()

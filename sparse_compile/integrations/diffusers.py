@@ -113,7 +113,7 @@ class PipelineDriver:
         for model in models:
             if hasattr(model, "cache_context"):
                 self._hooks.append(MethodHook(model, "cache_context", around=self._context))
-        if len(getattr(scheduler, "timesteps", None) if getattr(scheduler, "timesteps", None) is not None else ()):
+        if _has_timesteps(scheduler):
             self._started(scheduler)
 
     def detach(self) -> None:
@@ -151,8 +151,14 @@ class PipelineDriver:
         if scheduler is None or any(hook.owner() is scheduler for hook in self._hooks):
             return
         self._hook_scheduler(scheduler)
-        if scheduler.timesteps is not None and len(scheduler.timesteps):
+        if _has_timesteps(scheduler):
             self._started(scheduler)
+
+
+def _has_timesteps(scheduler: Any) -> bool:
+    """Whether a generation is under way, or was."""
+    timesteps = getattr(scheduler, "timesteps", None)
+    return timesteps is not None and len(timesteps) > 0
 
 
 class MethodHook:

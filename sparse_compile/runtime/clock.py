@@ -188,7 +188,9 @@ class Clock:
         """
         if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
             raise SparseAttentionError(
-                "a generation needs a whole number of steps, at least 1", steps, "Give the sampler's number of steps."
+                "a generation needs a whole number of steps, at least 1",
+                steps,
+                "Give the sampler's number of steps.",
             )
         self.generation = next(_generations)
         self.moment = Moment(step, steps)

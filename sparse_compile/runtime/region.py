@@ -158,9 +158,7 @@ class Region:
 
     # ------------------------------------------------------------------ state
 
-    def _gather(
-        self, group: LayerGroup, claim: Claim, branch: Branch, args: Sequence[Any]
-    ) -> tuple[Gathered, bool]:
+    def _gather(self, group: LayerGroup, claim: Claim, branch: Branch, args: Sequence[Any]) -> tuple[Gathered, bool]:
         """The state inputs of the graph, and whether any had to be made."""
         generation = claim.clock.generation
         known = group.gathered.get(branch)
@@ -194,5 +192,3 @@ class Region:
 def _resolve(spec: TensorSpec, values: Mapping[Any, int]) -> TensorSpec:
     shape = tuple(size if isinstance(size, int) else int(size.xreplace(values)) for size in spec.shape)  # type: ignore[attr-defined]  # a sympy expression
     return TensorSpec(shape, spec.dtype, spec.device)
-
-

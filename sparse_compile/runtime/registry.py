@@ -111,7 +111,9 @@ class Registry:
         with self._lock:
             parameters = list(model.parameters())
             if not parameters:
-                raise SparseAttentionError("a clock needs a model with Parameters", type(model).__name__, "Give the transformer.")
+                raise SparseAttentionError(
+                    "a clock needs a model with Parameters", type(model).__name__, "Give the transformer."
+                )
             if any(parameter in self._claims for parameter in parameters):
                 raise SparseAttentionError(
                     "a model is driven by one clock at a time",

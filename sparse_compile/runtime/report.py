@@ -6,7 +6,7 @@ here, when somebody asks, which is the only time the host reads the device.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -170,7 +170,9 @@ def build_report(models: Mapping[str, nn.Module], registry: Registry) -> Report:
     report.sites = list(dict.fromkeys(report.sites))
     mismatches = {layer.claim: layer.claim.mismatches for layer in layers if layer.claim is not None}
     if any(mismatches.values()):
-        report.warnings.append(f"{sum(mismatches.values())} calls ran a graph of another phase; is a guard filter in use?")
+        report.warnings.append(
+            f"{sum(mismatches.values())} calls ran a graph of another phase; is a guard filter in use?"
+        )
     report.generations = _generations(layers)
     return report
 
@@ -246,7 +248,7 @@ def _runs(steps: list[StepReport]) -> list[tuple[str, ...]]:
             run = open_runs[step.branch] = []
             runs.append(run)
         run.append(step)
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for run in runs:
         first, last = run[0], run[-1]
         masses = [step.kept_mass for step in run if step.kept_mass is not None]
@@ -262,7 +264,7 @@ def _runs(steps: list[StepReport]) -> list[tuple[str, ...]]:
     return rows
 
 
-def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
+def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
     widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
     lines = [header, tuple("-" * width for width in widths), *rows]
     return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]

@@ -28,7 +28,9 @@ def load_strategy(method: str) -> Strategy:
     strategy = _load_class(method)()
     if not isinstance(strategy, Strategy):
         raise SparseAttentionError(
-            f"method {method!r} must give a Strategy", type(strategy).__name__, "See sparse_compile.Strategy for what it must have."
+            f"method {method!r} must give a Strategy",
+            type(strategy).__name__,
+            "See sparse_compile.Strategy for what it must have.",
         )
     return strategy
 
@@ -41,14 +43,18 @@ def _load_class(method: str) -> Callable[[], object]:
             found: Callable[[], object] = getattr(importlib.import_module(module), name)
         except (ImportError, AttributeError) as error:
             raise SparseAttentionError(
-                "a method of the form 'module:Class' must be importable", method, f"Importing it gave: {error}."
+                "a method of the form 'module:Class' must be importable",
+                method,
+                f"Importing it gave: {error}.",
             ) from error
         return found
     entries = entry_points(group=GROUP, name=method)
     if not entries:
         names = sorted({Svg2.name, "dense", *entry_points(group=GROUP).names})
         raise SparseAttentionError(
-            "option 'method' must name an installed strategy", method, f"Known: {', '.join(names)}; or 'module:Class'."
+            "option 'method' must name an installed strategy",
+            method,
+            f"Known: {', '.join(names)}; or 'module:Class'.",
         )
     loaded: Callable[[], object] = next(iter(entries)).load()
     return loaded

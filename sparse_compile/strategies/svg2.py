@@ -61,7 +61,9 @@ class Svg2:
             return None
         video = 0 if site.layout is None else site.layout.video_tokens
         k_floor = TOKENS_PER_CLUSTER_FLOOR * _clusters(config.k_clusters, video, TOKENS_PER_KEY_CLUSTER, KEY_CLUSTERS)
-        q_floor = TOKENS_PER_CLUSTER_FLOOR * _clusters(config.q_clusters, video, TOKENS_PER_QUERY_CLUSTER, QUERY_CLUSTERS)
+        q_floor = TOKENS_PER_CLUSTER_FLOOR * _clusters(
+            config.q_clusters, video, TOKENS_PER_QUERY_CLUSTER, QUERY_CLUSTERS
+        )
         return Reason.TOO_SHORT if video < max(k_floor, q_floor) else None
 
     def write(self, build: GraphBuilder, site: Site, phase: Phase) -> Node:
@@ -121,14 +123,23 @@ class Svg2:
 
 def query_clusters(tokens: Size, config: Config) -> Size:
     """Number of query clusters Cq for this many video queries; never more clusters than tokens."""
-    return torch.sym_min(tokens, _clusters(config.q_clusters, tokens, TOKENS_PER_QUERY_CLUSTER, QUERY_CLUSTERS))
+    return _least(tokens, _clusters(config.q_clusters, tokens, TOKENS_PER_QUERY_CLUSTER, QUERY_CLUSTERS))
 
 
 def key_clusters(tokens: Size, config: Config) -> Size:
     """Number of key clusters Ck for this many video keys."""
-    return torch.sym_min(tokens, _clusters(config.k_clusters, tokens, TOKENS_PER_KEY_CLUSTER, KEY_CLUSTERS))
+    return _least(tokens, _clusters(config.k_clusters, tokens, TOKENS_PER_KEY_CLUSTER, KEY_CLUSTERS))
 
 
 def _clusters(given: int | None, tokens: Size, per_cluster: int, bounds: tuple[int, int]) -> Size:
+    if given is not None:
+        return given
     low, high = bounds
-    return torch.sym_max(low, torch.sym_min(high, tokens // per_cluster)) if given is None else given
+    clusters: Size = torch.sym_max(low, _least(high, tokens // per_cluster))
+    return clusters
+
+
+def _least(a: Size, b: Size) -> Size:
+    """The smaller of two sizes; symbolic ones are not compared, which would add a guard."""
+    least: Size = torch.sym_min(a, b)
+    return least

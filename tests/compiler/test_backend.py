@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_models import BUILDERS, FULLGRAPH
 from torch._dynamo.exc import BackendCompilerFailed
+from toy_models import EAGER, Block, Stack, tokens
 
 import sparse_compile
 from sparse_compile.errors import StrictModeError
 from sparse_compile.runtime.registry import REGISTRY
-from tiny_models import BUILDERS, FULLGRAPH
-from toy_models import EAGER, Block, Stack, tokens
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +30,11 @@ def run_in_fresh_process(program: str, **environment: str) -> subprocess.Complet
     import os
 
     return subprocess.run(
-        [sys.executable, "-c", program], env={**os.environ, **environment}, capture_output=True, text=True, check=False
+        [sys.executable, "-c", program],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
     )
 
 
@@ -134,7 +138,10 @@ def test_all_dense_is_bitwise_what_inductor_gives() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(n, marks=() if n in ("wan_t2v", "hunyuan_video", "cogvideox", "ltx") else pytest.mark.slow) for n in BUILDERS],
+    [
+        pytest.param(n, marks=() if n in ("wan_t2v", "hunyuan_video", "cogvideox", "ltx") else pytest.mark.slow)
+        for n in BUILDERS
+    ],
 )
 @pytest.mark.parametrize("regional", [False, True], ids=["whole", "regional"])
 def test_everything_kept_equals_dense(name: str, regional: bool) -> None:
@@ -170,7 +177,8 @@ def test_strict_names_the_unsupported_site_and_the_remedy() -> None:
     class Causal(Block):
         def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
             q, k, v = (
-                p(hidden_states).unflatten(-1, (self.heads, -1)).transpose(1, 2) for p in (self.to_q, self.to_k, self.to_v)
+                p(hidden_states).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+                for p in (self.to_q, self.to_k, self.to_v)
             )
             return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
 
@@ -232,7 +240,11 @@ def test_the_global_random_state_is_left_alone() -> None:
 
 def test_precompiled_caches_make_it_dense_and_say_so() -> None:
     model = Stack(1)
-    with torch.no_grad(), sparse_compile.denoising(model, steps=1), torch._dynamo.config.patch(caching_precompile=False):
+    with (
+        torch.no_grad(),
+        sparse_compile.denoising(model, steps=1),
+        torch._dynamo.config.patch(caching_precompile=False),
+    ):
         from unittest import mock
 
         with mock.patch("sparse_compile.compiler.torch_internals.precompiles", return_value=True):

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_models import cogvideox, hunyuan_video, wan_t2v
+from toy_models import EAGER, Stack, tokens
 
 import sparse_compile
 from sparse_compile.phases import Phase
 from sparse_compile.testing import capture, count_ops, rewrite
-from tiny_models import cogvideox, hunyuan_video, wan_t2v
-from toy_models import EAGER, Stack, tokens
 
 OPTIONS = {**EAGER, "dense_steps": 1, "top_p": 0.6}
 

@@ -7,15 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_models import BUILDERS, wan_t2v
 from torch import Tensor, nn
+from toy_models import EAGER, Stack, tokens
 
 import sparse_compile
 from sparse_compile.compiler.pipeline import find_sites
 from sparse_compile.compiler.torch_internals import graph_inputs
 from sparse_compile.runtime.clock import Clock
 from sparse_compile.testing import planner_of
-from tiny_models import BUILDERS, wan_t2v
-from toy_models import EAGER, Stack, tokens
 
 BRANCHES = ("cond", "uncond")
 OPTIONS = {**EAGER, "min_tokens": 64}
@@ -45,7 +45,10 @@ def generate(
     call: Callable[..., Any], kwargs: dict[str, Any], clock: Clock, branches: tuple[str, ...] = BRANCHES
 ) -> dict[str, Tensor]:
     """Run all steps; the last output of each branch. The latents do not depend on which branches run."""
-    text = {"cond": kwargs["encoder_hidden_states"], "uncond": torch.zeros_like(kwargs["encoder_hidden_states"])}
+    text = {
+        "cond": kwargs["encoder_hidden_states"],
+        "uncond": torch.zeros_like(kwargs["encoder_hidden_states"]),
+    }
     noise = torch.Generator().manual_seed(7)
     x = kwargs["hidden_states"]
     outputs: dict[str, Tensor] = {}
@@ -154,7 +157,13 @@ def test_graph_pieces_of_a_broken_model_compile_once_per_phase_each() -> None:
             clock.step()
     report = sparse_compile.explain(model)
     assert report.compilations == compilations == 6
-    assert [step.phase for step in report.generations[-1].steps] == ["dense", "search", "sparse", "sparse", "sparse"]
+    assert [step.phase for step in report.generations[-1].steps] == [
+        "dense",
+        "search",
+        "sparse",
+        "sparse",
+        "sparse",
+    ]
 
 
 def test_no_grad_and_inference_mode_share_state() -> None:

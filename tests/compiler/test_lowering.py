@@ -12,7 +12,9 @@ from sparse_compile.config import Config
 
 def test_equal_options_give_the_same_tag_and_any_change_another() -> None:
     assert lowering.cache_tag(Config()) == lowering.cache_tag(Config())
-    tags = {lowering.cache_tag(Config(**change)) for change in ({}, {"top_p": 0.5}, {"seed": 1}, {"kernel": "reference"})}
+    tags = {
+        lowering.cache_tag(Config(**change)) for change in ({}, {"top_p": 0.5}, {"seed": 1}, {"kernel": "reference"})
+    }
     assert len(tags) == 4
 
 

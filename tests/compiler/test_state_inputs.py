@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch._dynamo.utils import counters
 from torch._inductor.utils import run_and_get_code
+from toy_models import EAGER, Stack, tokens
 
 import sparse_compile
 from sparse_compile.runtime.registry import REGISTRY
-from toy_models import EAGER, Stack, tokens
 
 OPTIONS = {**EAGER, "lowering": "inductor", "dense_steps": 0}
 

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 from torch import fx
+from toy_models import Stack, tokens
 
 from sparse_compile.compiler import torch_internals
-from toy_models import Stack, tokens
 
 NAMES = [
     "torch._guards:Guard",
@@ -50,7 +50,9 @@ def test_a_dynamo_graph_tells_what_we_rely_on() -> None:
     model = Stack(1)
 
     def backend(graph_module: fx.GraphModule, inputs: list[Any]) -> Any:
-        weight = next(n for n in graph_module.graph.find_nodes(op="placeholder") if "to_q" in n.name and "weight" in n.name)
+        weight = next(
+            n for n in graph_module.graph.find_nodes(op="placeholder") if "to_q" in n.name and "weight" in n.name
+        )
         attention = graph_module.graph.find_nodes(
             op="call_function", target=torch.nn.functional.scaled_dot_product_attention
         )

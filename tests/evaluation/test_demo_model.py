@@ -93,9 +93,7 @@ def test_the_weights_can_be_loaded_in_bfloat16():
 
 
 def test_a_scene_reads_as_a_sentence():
-    scene = Scene.of(
-        ("square", "blue", "plain", "slow"), ("circle", "red", "striped", "fast"), ("dotted", "green")
-    )
+    scene = Scene.of(("square", "blue", "plain", "slow"), ("circle", "red", "striped", "fast"), ("dotted", "green"))
     sentence = "a fast striped red circle in front of a slow plain blue square, dotted green background"
     assert str(scene) == sentence
 

@@ -33,8 +33,7 @@ def test_psnr_of_a_constant_error_has_a_closed_form(metric):
 def test_psnr_agrees_with_scikit_image():
     video, reference = two_videos()
     expected = [
-        peak_signal_noise_ratio(b.numpy(), a.numpy(), data_range=1)
-        for a, b in zip(video, reference, strict=True)
+        peak_signal_noise_ratio(b.numpy(), a.numpy(), data_range=1) for a, b in zip(video, reference, strict=True)
     ]
     assert psnr(video, reference).tolist() == pytest.approx(expected, abs=1e-3)
 

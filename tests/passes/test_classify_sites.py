@@ -15,6 +15,8 @@ from attention_blocks import (
     WIDTH,
     Block,
     Joint,
+    Patched,
+    PatchedBoth,
     RefinedModel,
     SelfAttention,
     only,
@@ -80,9 +82,7 @@ def test_register_tokens_beside_the_video_make_it_joint() -> None:
     ],
     ids=lambda value: "-".join(value) if isinstance(value, tuple) else None,
 )
-def test_the_names_of_the_inputs_tell_the_role(
-    names: tuple[str, str], role: str, reason: Reason | None
-) -> None:
+def test_the_names_of_the_inputs_tell_the_role(names: tuple[str, str], role: str, reason: Reason | None) -> None:
     class Named(Block):
         def forward(self, **kwargs: Tensor) -> Tensor:
             return super().forward(*(kwargs[name] for name in names))
@@ -167,9 +167,7 @@ def test_a_dtype_without_kernels_stays_dense(dtype: torch.dtype, reason: Reason 
     assert reason_of(SelfAttention(dtype=dtype), video()) is reason
 
 
-@pytest.mark.parametrize(
-    ("dim", "reason"), [(12, Reason.HEAD_DIM), (264, Reason.HEAD_DIM), (24, None), (256, None)]
-)
+@pytest.mark.parametrize(("dim", "reason"), [(12, Reason.HEAD_DIM), (264, Reason.HEAD_DIM), (24, None), (256, None)])
 def test_a_head_size_without_kernels_stays_dense(dim: int, reason: Reason | None) -> None:
     class Wide(nn.Module):
         def __init__(self) -> None:
@@ -276,7 +274,7 @@ def test_the_dense_method_needs_no_other_reason() -> None:
 
 
 def test_a_border_is_known_from_either_side() -> None:
-    site = site_of(_Patched(), torch.randn(2, WIDTH, 3, 8, 8), text(), dynamic=True)
+    site = site_of(Patched(), torch.randn(2, WIDTH, 3, 8, 8), text(), dynamic=True)
     assert site.layout is not None
     assert [part.size is None for part in site.layout.parts] == [True, False]
     assert site.sparse
@@ -284,23 +282,11 @@ def test_a_border_is_known_from_either_side() -> None:
 
 def test_a_border_between_two_unknown_lengths_stays_dense() -> None:
     latents, caption = torch.randn(2, WIDTH, 3, 8, 8), torch.randn(2, WIDTH, 5, 3)
-    site = site_of(_PatchedBoth(), latents, caption, dynamic=True)
+    site = site_of(PatchedBoth(), latents, caption, dynamic=True)
     assert site.decision is not None
     assert str(site.layout) == "video:192+text:15"
     assert site.decision.reason is Reason.DYNAMIC_SPLIT
-    assert site_of(_PatchedBoth(), latents, caption, dynamic=False).sparse
-
-
-class _Patched(Block):
-    def forward(self, latents: Tensor, encoder_hidden_states: Tensor) -> Tensor:
-        x = torch.cat([latents.flatten(2).mT, encoder_hidden_states], dim=1)
-        return super().forward(x, x)
-
-
-class _PatchedBoth(Block):
-    def forward(self, latents: Tensor, caption: Tensor) -> Tensor:
-        x = torch.cat([latents.flatten(2).mT, caption.flatten(2).mT], dim=1)
-        return super().forward(x, x)
+    assert site_of(PatchedBoth(), latents, caption, dynamic=False).sparse
 
 
 # ---------------------------------------------------------------------- what the user says
@@ -381,9 +367,7 @@ def test_a_failing_site_does_not_touch_its_neighbours() -> None:
             raise RuntimeError
         return None
 
-    reasons = [
-        s.decision.reason for s in classify_sites(sites, SMALL, captured.inputs, refuse_once) if s.decision
-    ]
+    reasons = [s.decision.reason for s in classify_sites(sites, SMALL, captured.inputs, refuse_once) if s.decision]
     assert reasons == [Reason.ANALYSIS_FAILED, Reason.CROSS_ATTENTION, None, Reason.CROSS_ATTENTION]
 
 

@@ -240,9 +240,7 @@ def test_a_weight_that_is_cast_on_the_way_is_still_the_owner() -> None:
     [(("vector", "matrix"), "matrix"), (("vector",), "vector"), ((), "")],
     ids=["a matrix before a vector", "a vector at last", "none"],
 )
-def test_without_a_projection_the_nearest_parameter_is_the_owner(
-    names: tuple[str, ...], expected: str
-) -> None:
+def test_without_a_projection_the_nearest_parameter_is_the_owner(names: tuple[str, ...], expected: str) -> None:
     class Scaled(nn.Module):
         def __init__(self) -> None:
             super().__init__()

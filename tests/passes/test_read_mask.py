@@ -61,9 +61,7 @@ MASKS: list[tuple[str, Any, MaskForm, Reason | None]] = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("make", "form", "reason"), [case[1:] for case in MASKS], ids=[case[0] for case in MASKS]
-)
+@pytest.mark.parametrize(("make", "form", "reason"), [case[1:] for case in MASKS], ids=[case[0] for case in MASKS])
 def test_a_mask_is_known_by_its_node_and_shape(make: Any, form: MaskForm, reason: Reason | None) -> None:
     block = SelfAttention()
 

@@ -12,9 +12,7 @@ from sparse_compile.passes.token_roles import role_of_name
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=5), st.data())
-def test_cutting_an_axis_and_joining_the_pieces_gives_it_back(
-    lengths: list[int], data: st.DataObject
-) -> None:
+def test_cutting_an_axis_and_joining_the_pieces_gives_it_back(lengths: list[int], data: st.DataObject) -> None:
     parts = [part(static_length(n)) for n in lengths]
     size = sum(lengths)
     cuts = sorted(data.draw(st.lists(st.integers(0, size), max_size=4)))

@@ -189,9 +189,7 @@ RULES: list[tuple[str, Rule, int, str]] = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("function", "dim", "expected"), [row[1:] for row in RULES], ids=[row[0] for row in RULES]
-)
+@pytest.mark.parametrize(("function", "dim", "expected"), [row[1:] for row in RULES], ids=[row[0] for row in RULES])
 def test_each_rule_of_the_walk_gives_the_parts_one_expects(function: Rule, dim: int, expected: str) -> None:
     def forward(latents: Tensor, hidden_states: Tensor, encoder_hidden_states: Tensor) -> Tensor:
         return function(Given(latents, hidden_states, encoder_hidden_states))
@@ -327,9 +325,7 @@ def test_a_symbolic_border_that_the_graph_spells_out_keeps_its_size() -> None:
 
 def test_reading_symbolic_sizes_adds_no_guard() -> None:
     captured, node = graph_of(
-        lambda hidden_states, encoder_hidden_states, **_: joined(
-            hidden_states, encoder_hidden_states
-        ).flatten(1),
+        lambda hidden_states, encoder_hidden_states, **_: joined(hidden_states, encoder_hidden_states).flatten(1),
         dynamic=True,
     )
     shape_env = node.meta["example_value"].shape[1].node.shape_env

@@ -74,7 +74,8 @@ def test_generation_numbers_are_never_reused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("amount", "steps", "count"), [(0.5, 5, 3), (0.2, 50, 10), (0.25, 10, 3), (0.0, 9, 0), (1.0, 9, 9), (3, 50, 3), (0, 4, 0)]
+    ("amount", "steps", "count"),
+    [(0.5, 5, 3), (0.2, 50, 10), (0.25, 10, 3), (0.0, 9, 0), (1.0, 9, 9), (3, 50, 3), (0, 4, 0)],
 )
 def test_shares_of_the_steps_are_rounded_half_up(amount: float | int, steps: int, count: int) -> None:
     assert Moment(0, steps).count(amount) == count
@@ -302,4 +303,3 @@ def test_a_clock_that_was_let_go_moves_nothing() -> None:
         old.step()
         call(tokens())
     assert [call.branch for call in layers_of(model)[0].history] == [0, 0, 1, 2]
-

@@ -20,8 +20,8 @@ from generations import (
     state_tensors,
     whole,
 )
-from toy_models import Stack, tokens
 from torch import nn
+from toy_models import Stack, tokens
 
 import sparse_compile
 from sparse_compile.config import Config
@@ -166,8 +166,9 @@ def test_a_clock_may_be_reset_in_the_middle_of_a_generation() -> None:
 def test_a_model_is_claimed_once() -> None:
     model, _ = whole()
     with sparse_compile.denoising(model, steps=4):
-        with pytest.raises(SparseAttentionError, match=r"one clock at a time.*Leave the other"), sparse_compile.denoising(
-            model, steps=4
+        with (
+            pytest.raises(SparseAttentionError, match=r"one clock at a time.*Leave the other"),
+            sparse_compile.denoising(model, steps=4),
         ):
             pass
         assert REGISTRY.claim_of(next(model.parameters())) is not None
@@ -175,7 +176,10 @@ def test_a_model_is_claimed_once() -> None:
 
 def test_a_part_of_a_claimed_model_is_claimed_too() -> None:
     model = Stack()
-    with sparse_compile.denoising(model.blocks[1], steps=4), pytest.raises(SparseAttentionError, match="one clock"):
+    with (
+        sparse_compile.denoising(model.blocks[1], steps=4),
+        pytest.raises(SparseAttentionError, match="one clock"),
+    ):
         REGISTRY.claim(model, Clock())
 
 
@@ -202,12 +206,18 @@ def test_denoising_lets_go_after_an_exception() -> None:
 
 @pytest.mark.parametrize("thing", [None, "model", torch.nn.functional.relu, torch.zeros(1)])
 def test_denoising_needs_a_module(thing: Any) -> None:
-    with pytest.raises(SparseAttentionError, match="needs a module"), sparse_compile.denoising(thing, steps=4):
+    with (
+        pytest.raises(SparseAttentionError, match="needs a module"),
+        sparse_compile.denoising(thing, steps=4),
+    ):
         pass
 
 
 def test_a_clock_needs_a_model_with_parameters() -> None:
-    with pytest.raises(SparseAttentionError, match="with Parameters"), sparse_compile.denoising(nn.Identity(), steps=4):
+    with (
+        pytest.raises(SparseAttentionError, match="with Parameters"),
+        sparse_compile.denoising(nn.Identity(), steps=4),
+    ):
         pass
 
 

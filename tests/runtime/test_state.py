@@ -17,8 +17,8 @@ from generations import (
     state_tensors,
     whole,
 )
-from toy_models import Stack, tokens
 from torch import Tensor, nn
+from toy_models import Stack, tokens
 
 import sparse_compile
 from sparse_compile.call_log import log_spec, read_rows
@@ -80,7 +80,9 @@ def test_a_new_generation_zeroes_in_place_and_forgets_the_search() -> None:
 
 
 @pytest.mark.parametrize(
-    "other", [spec(5), spec(4, dtype=torch.bfloat16), spec(4, device="meta")], ids=["shape", "dtype", "device"]
+    "other",
+    [spec(5), spec(4, dtype=torch.bfloat16), spec(4, device="meta")],
+    ids=["shape", "dtype", "device"],
 )
 def test_another_shape_dtype_or_device_makes_new_tensors(other: TensorSpec) -> None:
     layer = a_layer()
@@ -261,7 +263,9 @@ class Failure(Exception):
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_failing_search_is_searched_again_and_the_log_stays_in_step(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_search_is_searched_again_and_the_log_stays_in_step(
+    way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, call = WAYS[way](dense_steps=0)
     want_model, want_call = WAYS[way](dense_steps=0)
     with sparse_compile.denoising(want_model, steps=4) as clock:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from toy_models import Stack, tokens
 
 from sparse_compile.config import Config
 from sparse_compile.phases import Moment, Phase
@@ -13,7 +14,6 @@ from sparse_compile.sites import Reason
 from sparse_compile.strategies.base import Strategy
 from sparse_compile.strategies.svg2 import Svg2, key_clusters, query_clusters
 from sparse_compile.testing import capture, find
-from toy_models import Stack, tokens
 
 
 def test_it_is_a_strategy() -> None:
@@ -22,20 +22,29 @@ def test_it_is_a_strategy() -> None:
 
 @pytest.mark.parametrize(
     ("step", "searched", "phase"),
-    [(0, None, Phase.DENSE), (9, None, Phase.DENSE), (10, None, Phase.SEARCH), (11, 10, Phase.SPARSE), (30, None, Phase.SEARCH)],
+    [
+        (0, None, Phase.DENSE),
+        (9, None, Phase.DENSE),
+        (10, None, Phase.SEARCH),
+        (11, 10, Phase.SPARSE),
+        (30, None, Phase.SEARCH),
+    ],
 )
 def test_phases_of_fifty_steps(step: int, searched: int | None, phase: Phase) -> None:
     assert Svg2().phase(Moment(step, 50), searched, Config()) is phase
 
 
-@pytest.mark.parametrize(("share", "steps", "count"), [(0.2, 50, 10), (0.3, 35, 11), (0.35, 40, 14), (0.0, 50, 0), (3, 50, 3)])
+@pytest.mark.parametrize(
+    ("share", "steps", "count"), [(0.2, 50, 10), (0.3, 35, 11), (0.35, 40, 14), (0.0, 50, 0), (3, 50, 3)]
+)
 def test_shares_of_steps_round_half_up(share: float, steps: int, count: int) -> None:
     dense = [s for s in range(steps) if Svg2().phase(Moment(s, steps), None, Config(dense_steps=share)) is Phase.DENSE]
     assert len(dense) == count
 
 
 @pytest.mark.parametrize(
-    ("count", "q", "k"), [(75_600, 295, 994), (118_800, 400, 1000), (1000, 32, 64), (40, 32, 40), (8192, 32, 107)]
+    ("count", "q", "k"),
+    [(75_600, 295, 994), (118_800, 400, 1000), (1000, 32, 64), (40, 32, 40), (8192, 32, 107)],
 )
 def test_cluster_counts_follow_the_tokens(count: int, q: int, k: int) -> None:
     assert (query_clusters(count, Config()), key_clusters(count, Config())) == (q, k)
