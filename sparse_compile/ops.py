@@ -277,6 +277,5 @@ for _name, _function, _fake in (
     ("plan_top_p", _plan_top_p, _plan_top_p_fake),
     ("block_sparse_attention", _block_sparse_attention, _block_sparse_attention_fake),
 ):
-    for _device in ("CPU", "CUDA"):
-        LIBRARY.impl(_name, _function, _device)
+    LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")  # plain torch: one body for every device
     torch.library.register_fake(f"sparse_compile::{_name}", _fake, lib=LIBRARY)

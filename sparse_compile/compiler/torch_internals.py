@@ -25,7 +25,7 @@ RECOMPILE_LIMIT = 64
 """Entries per code object that phases x resolutions x dtypes need; Dynamo's own default is 8."""
 
 _WORDS = re.compile(r"\w+")
-_WRAPPERS = frozenset({"self", "kwargs", "fn", "_modules", "_parameters", "_buffers"})
+_WRAPPERS = frozenset({"self", "kwargs", "fn", "_orig_mod", "__dict__", "_modules", "_parameters", "_buffers"})
 _MODULE_PARTS = ("_modules", "_parameters", "_buffers")
 
 

@@ -76,13 +76,15 @@ class Region:
     def __call__(self, *args: Any) -> Any:
         """Run the graph on Dynamo's arguments."""
         group = self._group(args)
-        claim = group.layers[0].claim or self._seek_clock(group)
+        known = group.layers[0].claim
+        claim = known or self._seek_clock(group)
         if claim is None:
             return self._compiled(*args, *self._empty_state(args))
         if not claim.clock.running.acquire(blocking=False):
             raise one_at_a_time("two calls at the same time")
         try:
-            self._check_phase(group, claim)
+            if known is not None:  # a clock found just now came after the guard
+                self._check_phase(group, claim)
             branch = group.layers[0].branch()
             gathered, fresh = self._gather(group, claim, branch, args)
             out = self._compiled(*args, *gathered.tensors)

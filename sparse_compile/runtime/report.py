@@ -190,9 +190,11 @@ def _generations(layers: Iterable[Layer]) -> list[GenerationReport]:
     for layer in layers:
         logs = {branch: [read_rows(log) for log in state.logs.values()] for branch, state in layer.branches.items()}
         for call in layer.history:
-            rows = _rows_of(call, logs.get(call.branch, []))
             key = (call.generation, call.step, str(call.branch))
-            calls.setdefault(key, []).extend((call, row) for row in rows or [None])
+            if call.row is None:
+                calls.setdefault(key, []).append((call, None))
+            for row in _rows_of(call, logs.get(call.branch, [])):
+                calls.setdefault(key, []).append((call, row))
     generations: dict[int, list[StepReport]] = {}
     for (generation, step, branch), made in sorted(calls.items(), key=lambda item: item[0][:2]):
         generations.setdefault(generation, []).append(_step(step, branch, made))
@@ -204,12 +206,12 @@ def _generation(steps: list[StepReport]) -> GenerationReport:
     return GenerationReport(steps, _mean(sparse) if sparse else None, _mean(step.density_run for step in steps))
 
 
-def _rows_of(call: Call, logs: list[tuple[int, list[CallRow]]]) -> list[CallRow | None]:
-    """The device's rows of one call, one per site of the layer; a row may be lost to the ring."""
+def _rows_of(call: Call, logs: list[tuple[int, list[CallRow]]]) -> list[CallRow]:
+    """The device's rows of one call, one per site of the layer, less those that the ring has lost."""
     if call.row is None:
         return []
     places = [(call.row - (written - len(rows)), rows) for written, rows in logs]
-    return [rows[at] if 0 <= at < len(rows) else None for at, rows in places]
+    return [rows[at] for at, rows in places if 0 <= at < len(rows)]
 
 
 def _step(step: int, branch: str, made: list[tuple[Call, CallRow | None]]) -> StepReport:

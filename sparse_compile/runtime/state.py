@@ -122,7 +122,7 @@ class Layer:
         log = state.logs.get(ordinal)
         spec = log_spec(specs[0].device)
         if log is None or log.device != spec.device:
-            log = state.logs[ordinal] = allocate(spec)
+            log = state.logs[ordinal] = allocate(spec) if log is None else moved(log, spec.device)
         return [*found, log], fresh
 
 
@@ -130,6 +130,12 @@ def allocate(spec: TensorSpec) -> Tensor:
     """Zeros that may be mutated inside and outside of inference mode."""
     with _allocation, torch.inference_mode(False), torch.no_grad():
         return torch.zeros(spec.shape, dtype=spec.dtype, device=spec.device)
+
+
+def moved(log: Tensor, device: torch.device) -> Tensor:
+    """A call log on the device that its model has moved to."""
+    with _allocation, torch.inference_mode(False), torch.no_grad():
+        return log.to(device)
 
 
 class Gathered(NamedTuple):
@@ -162,4 +168,5 @@ class LayerGroup:
         return [*map(id, parameters)] == self._ids
 
     def _owner_died(self, _: object) -> None:
-        self._ids = []
+        self._ids, self.layers = [], ()
+        self.gathered.clear()

@@ -80,6 +80,7 @@ def test_a_dynamo_graph_tells_what_we_rely_on() -> None:
     ("source", "name"),
     [
         ("L['self']._modules['blocks']._modules['0']._parameters['weight']", "blocks.0.weight"),
+        ("L['self'].__dict__['_modules']['blocks']._modules['0']._parameters['weight']", "blocks.0.weight"),
         ("L['self'].blocks[0].attn1.to_q.weight", "blocks.0.attn1.to_q.weight"),
         ("L['hidden_states']", "hidden_states"),
         ("L['kwargs']['hidden_states']", "hidden_states"),

@@ -15,4 +15,6 @@ def fresh_process() -> Iterator[None]:
     torch.compiler.reset()
     with torch.no_grad():
         yield
+    for clock in REGISTRY.clocks():
+        REGISTRY.detach(clock)
     REGISTRY.reset()

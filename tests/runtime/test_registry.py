@@ -122,24 +122,31 @@ def test_two_sets_of_options_on_one_model_keep_separate_layers_and_states() -> N
     assert [layer.index for layer in layers_of(model)] == [0, 0, 1, 1]
 
 
-def test_reset_forgets_everything() -> None:
+def test_reset_forgets_what_was_compiled_and_its_state() -> None:
     model, call = whole()
+    with sparse_compile.denoising(model, steps=4) as clock:
+        generate(call, clock)
+        references = [*map(weakref.ref, [*layers_of(model), *state_tensors(model)])]
+        torch.compiler.reset()
+        gc.collect()
+        assert [reference() for reference in references] == [None] * len(references)
+        assert layers_of(model) == []
+        assert sparse_compile.explain(model).to_dict()["compilations"] == 0
+        assert "no attention was compiled yet" in str(sparse_compile.explain(model))
+
+
+def test_detaching_a_clock_undoes_what_its_source_did() -> None:
+    model = Stack()
     clock = Clock()
     undone: list[str] = []
-    REGISTRY.claim(model, clock)
     undo = Undo(undone)
+    REGISTRY.claim(model, clock)
     REGISTRY.on_detach(clock, undo.run)
-    clock.start(4)
-    generate(call, clock)
-    layers = layers_of(model)
-    torch.compiler.reset()
+    assert REGISTRY.clocks() == [clock]
+    REGISTRY.detach(clock)
     assert undone == ["undone"]
     assert REGISTRY.clocks() == []
     assert REGISTRY.claim_of(next(model.parameters())) is None
-    assert layers_of(model) == []
-    assert sparse_compile.explain(model).to_dict()["compilations"] == 0
-    assert [layer.claim for layer in layers] == [None, None]
-    assert "no attention was compiled yet" in str(sparse_compile.explain(model))
 
 
 class Undo:
@@ -153,14 +160,20 @@ class Undo:
 
 
 def test_a_clock_may_be_reset_in_the_middle_of_a_generation() -> None:
-    model, call = whole(dense_steps=0)
-    x = tokens()
+    model, call = whole(dense_layers=1, dense_steps=0)
     with sparse_compile.denoising(model, steps=4) as clock:
-        call(x)
-        clock.step()
+        want = generate(call, clock, ["cond"])
+        clock.start(4)
+        for _ in range(2):
+            with clock.branch("cond"):
+                call(tokens())
+            clock.step()
         torch.compiler.reset()
-        torch.testing.assert_close(call(x), Stack()(x))
-        clock.step()
+        with clock.branch("cond"):
+            call(tokens())
+        assert phases(model) == [["dense"], ["search"]]
+        clock.start(4)
+        assert_same(generate(call, clock, ["cond"]), want)
 
 
 def test_a_model_is_claimed_once() -> None:

@@ -210,15 +210,16 @@ def lost_state(model: Stack, call: Any, change: Any, x: Tensor, steps: int = 5) 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("what", ["length", "batch", "dtype"])
 def test_a_call_of_another_shape_or_dtype_attends_to_everything_and_the_next_searches(way: str, what: str) -> None:
-    model, call = WAYS[way](dense_steps=0)
+    model, call = WAYS[way](dense_steps=0, k_clusters=100)  # more than the 96 tokens: state has another shape
     x = {"length": tokens(96, seed=9), "batch": tokens(batch=2, seed=9), "dtype": tokens(seed=9).bfloat16()}[what]
 
     def change() -> None:
         model.to(x.dtype)
 
     outputs, dense = lost_state(model, call, change, x)
-    torch.testing.assert_close(outputs[0], dense)
-    assert not torch.allclose(outputs[1], dense, atol=1e-2)
+    rounding = 2e-2 if what == "dtype" else 1e-5
+    torch.testing.assert_close(outputs[0], dense, atol=rounding, rtol=rounding)
+    assert not torch.allclose(outputs[1], dense, atol=5e-2)
     assert phases(model) == [["search", "sparse", "sparse", "sparse", "search"]] * 2
 
 
@@ -226,24 +227,31 @@ def test_a_call_of_another_shape_or_dtype_attends_to_everything_and_the_next_sea
 @pytest.mark.parametrize("block", [0, 1])
 def test_a_replaced_parameter_starts_again(way: str, block: int) -> None:
     model, call = WAYS[way](dense_steps=0)
-    old = layers_of(model)
+    old: list[Layer] = []
     references = []
 
     def change() -> None:
+        old.extend(layers_of(model))
         linear = model.blocks[block].to_q
         references.append(weakref.ref(linear.weight))
         linear.weight = nn.Parameter(linear.weight * 1.1, requires_grad=False)
 
     outputs, dense = lost_state(model, call, change, tokens(seed=9))
-    assert all(layer not in layers_of(model) for layer in old)
     gc.collect()
     assert references[0]() is None
-    if way == "whole":
-        torch.testing.assert_close(outputs[0], dense)
+    replaced, other = layers_of(model)[block], layers_of(model)[1 - block]
+    assert replaced not in old
+    assert other in old
+    densities = [row.density for row in read_rows(replaced.branches["cond"].logs[0])[1]]
+    seen = [call.phase for call in replaced.history]
+    if way == "whole":  # the graph of its peers ran, and it attended to everything
+        assert (seen, densities[0]) == (["sparse", "search"], 1.0)
+    else:
+        assert seen == ["search", "sparse"]
+    assert densities[-1] < 0.9
+    want = ["search", "sparse", "sparse", "sparse", "search" if way == "whole" else "sparse"]
+    assert [call.phase for call in other.history] == want
     assert not torch.allclose(outputs[1], dense, atol=1e-2)
-    history = phases(model)[block]
-    assert history[-1] == ("search" if way == "whole" else "sparse")
-    assert history[-2:] in (["sparse", "search"], ["search", "sparse"], ["dense", "search"])
 
 
 def test_a_replaced_first_parameter_keeps_its_place_among_the_dense_layers() -> None:
