@@ -83,11 +83,15 @@ def enable(pipe: Any, *, regional: bool = False, **options: object) -> Clock:
 
     Config.from_options(options)
     clock = attach(pipe)
-    for model in _models_of(pipe).values():
-        if regional:
-            model.compile_repeated_blocks(backend=BACKEND, options=options)  # type: ignore[operator]  # diffusers' method
-        else:
-            model.compile(backend=BACKEND, options=options)
+    try:
+        for model in _models_of(pipe).values():
+            if regional:
+                model.compile_repeated_blocks(backend=BACKEND, options=options)  # type: ignore[operator]  # diffusers' method
+            else:
+                model.compile(backend=BACKEND, options=options)
+    except Exception:
+        disable(pipe)
+        raise
     return clock
 
 

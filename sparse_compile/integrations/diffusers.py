@@ -8,7 +8,6 @@ by `detach`.
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 import inspect
 import logging
@@ -33,8 +32,11 @@ DENOISERS = ("transformer", "unet", "controlnet", "prior")
 def attach_pipeline(pipe: object) -> Clock:
     """Let a pipeline drive the clock of its transformers; once more changes nothing.
 
+    A second pipeline with the same transformer drives the same clock, by its own scheduler.
+
     Raises:
-        SparseAttentionError: it is no diffusers pipeline, has no scheduler or no transformer.
+        SparseAttentionError: it is no diffusers pipeline, has no scheduler or no transformer; or another clock drives a
+            transformer of it.
     """
     if not isinstance(pipe, DiffusionPipeline):
         raise SparseAttentionError(
@@ -42,9 +44,6 @@ def attach_pipeline(pipe: object) -> Clock:
             type(pipe).__name__,
             "For a bare model use `with sparse_compile.denoising(model, steps=...)`.",
         )
-    known = clock_of(pipe)
-    if known is not None:
-        return known
     models = denoisers(pipe)
     scheduler = getattr(pipe, "scheduler", None)
     if scheduler is None or not models:
@@ -53,12 +52,25 @@ def attach_pipeline(pipe: object) -> Clock:
             type(pipe).__name__,
             "Drive the model by hand with `sparse_compile.denoising(model, steps=...)`.",
         )
-    clock = Clock()
-    for model in models.values():
-        REGISTRY.claim(model, clock)
+    known = clock_of(pipe)
+    if known is not None and any(source.drives(scheduler) for source in REGISTRY.sources(known)):  # type: ignore[attr-defined]  # ours
+        return known
+    clock = known or _clock_for(list(models.values()))
     driver = PipelineDriver(pipe, clock)
-    REGISTRY.on_detach(clock, driver.detach)
-    driver.attach(scheduler, list(models.values()))
+    REGISTRY.attach(clock, driver)
+    driver.attach(scheduler, [] if known else list(models.values()))
+    return clock
+
+
+def _clock_for(models: list[nn.Module]) -> Clock:
+    """A clock that has claimed all of these models, or none."""
+    clock = Clock()
+    try:
+        for model in models:
+            REGISTRY.claim(model, clock)
+    except SparseAttentionError:
+        REGISTRY.release(clock)
+        raise
     return clock
 
 
@@ -102,29 +114,45 @@ class PipelineDriver:
     """Moves a Clock when a pipeline's scheduler is called. Holds the pipeline weakly."""
 
     def __init__(self, pipe: DiffusionPipeline, clock: Clock) -> None:
-        self._pipe = weakref.ref(pipe)
+        self._pipe = weakref.ref(pipe, self._pipe_died)
         self._clock = clock
         self._hooks: list[MethodHook] = []
+        self._scheduler_hooks: list[MethodHook] = []
         self._steps_done = 0
 
     def attach(self, scheduler: Any, models: list[nn.Module]) -> None:
         """Hook the scheduler and the models; a generation that is under way is joined."""
-        self._hook_scheduler(scheduler)
+        self._drive_by(scheduler)
+        self._hooks.append(MethodHook(self._pipe(), "progress_bar", after=self._follow_scheduler))
         for model in models:
             if hasattr(model, "cache_context"):
                 self._hooks.append(MethodHook(model, "cache_context", around=self._context))
-        if _has_timesteps(scheduler):
-            self._started(scheduler)
 
     def detach(self) -> None:
         """Give all methods back."""
-        for hook in self._hooks:
+        for hook in (*self._hooks, *self._scheduler_hooks):
             hook.remove()
         self._hooks.clear()
+        self._scheduler_hooks.clear()
 
-    def _hook_scheduler(self, scheduler: Any) -> None:
-        self._hooks.append(MethodHook(scheduler, "set_timesteps", after=self._started))
-        self._hooks.append(MethodHook(scheduler, "step", after=self._stepped))
+    def drives(self, scheduler: Any) -> bool:
+        """Whether the clock is moved when this scheduler is."""
+        return any(hook.owner() is scheduler for hook in self._scheduler_hooks)
+
+    def _drive_by(self, scheduler: Any) -> None:
+        for hook in self._scheduler_hooks:
+            hook.remove()
+        self._scheduler_hooks = [
+            MethodHook(scheduler, "set_timesteps", after=self._started),
+            MethodHook(scheduler, "step", after=self._stepped),
+        ]
+        if hasattr(scheduler, "set_begin_index"):
+            self._scheduler_hooks.append(MethodHook(scheduler, "set_begin_index", after=self._started))
+        if _has_timesteps(scheduler):
+            self._started(scheduler)
+
+    def _pipe_died(self, _: object) -> None:
+        REGISTRY.detach(self._clock)
 
     def _started(self, scheduler: Any) -> None:
         first = getattr(scheduler, "step_index", None)
@@ -140,19 +168,15 @@ class PipelineDriver:
 
     @contextlib.contextmanager
     def _context(self, name: str) -> Iterator[None]:
-        self._follow_scheduler()
+        self._follow_scheduler(self._pipe())
         with self._clock.branch(name):
             yield
 
-    def _follow_scheduler(self) -> None:
-        """Users replace `pipe.scheduler`; the new one is hooked at the next call."""
-        pipe = self._pipe()
-        scheduler = None if pipe is None else getattr(pipe, "scheduler", None)
-        if scheduler is None or any(hook.owner() is scheduler for hook in self._hooks):
-            return
-        self._hook_scheduler(scheduler)
-        if _has_timesteps(scheduler):
-            self._started(scheduler)
+    def _follow_scheduler(self, pipe: DiffusionPipeline | None) -> None:
+        """Users replace `pipe.scheduler`: the new one is hooked when the pipeline runs (it shows its progress)."""
+        scheduler = getattr(pipe, "scheduler", None)
+        if scheduler is not None and not self.drives(scheduler):
+            self._drive_by(scheduler)
 
 
 def _has_timesteps(scheduler: Any) -> bool:
@@ -196,10 +220,14 @@ class MethodHook:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         twin = memo.get(id(self.owner()))
-        return copy.copy(self) if twin is None else getattr(type(twin), self._name).__get__(twin)
+        return self if twin is None else getattr(type(twin), self._name).__get__(twin)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (self.owner(), self._name)
 
     def remove(self) -> None:
-        """Give the method back, unless somebody else has wrapped it since."""
+        """Give the method back; where somebody else has wrapped it since, just pass calls on."""
+        self._after = self._around = None
         owner = self.owner()
         if owner is None or vars(owner).get(self._name) is not self:
             return

@@ -191,9 +191,14 @@ class SiteBuilder:
         return bounds
 
     def call(self, op: str, *arguments: Any) -> fx.Node:
-        """Add an op of ours."""
-        target = getattr(torch.ops.sparse_compile, op).default
-        return self._with_meta(self.graph.call_function(target, (*arguments, self.kernel)))
+        """Add an op: of ours, which learns the kernel choice, or of a plug-in's own namespace."""
+        namespace, separator, name = op.partition("::")
+        if separator:
+            target = getattr(getattr(torch.ops, namespace), name).default
+        else:
+            target = getattr(torch.ops.sparse_compile, op).default
+            arguments = (*arguments, self.kernel)
+        return self._with_meta(self.graph.call_function(target, arguments))
 
     def attention(self) -> fx.Node:
         """Add the attention as it was."""

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sparse_compile.call_log import log_spec
@@ -34,6 +35,7 @@ class Slot:
     """Position of its layer among the Region's layers."""
     ordinal: int
     specs: tuple[TensorSpec, ...]
+    device: torch.device
 
 
 class Region:
@@ -170,7 +172,7 @@ class Region:
         of_owner = dict(zip(self._sparse_owners, states, strict=True))
         tensors, fresh = [], False
         for slot, specs in zip(self._slots, self._specs(args), strict=True):
-            found, new = group.layers[slot.owner].tensors(of_owner[slot.owner], slot.ordinal, specs)
+            found, new = group.layers[slot.owner].tensors(of_owner[slot.owner], slot.ordinal, specs, slot.device)
             tensors += found
             fresh = fresh or new
         gathered = group.gathered[branch] = Gathered(generation, claim.allocations, tensors, states)
@@ -186,8 +188,8 @@ class Region:
     def _empty_state(self, args: Sequence[Any]) -> list[Tensor]:
         """State that nobody keeps: the ops take zeros as "attend to everything"."""
         tensors = []
-        for specs in self._specs(args):
-            tensors += [allocate(spec) for spec in (*specs, log_spec(specs[0].device))]
+        for slot, specs in zip(self._slots, self._specs(args), strict=True):
+            tensors += [allocate(spec) for spec in (*specs, log_spec(slot.device))]
         return tensors
 
 

@@ -12,6 +12,8 @@ import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from importlib import import_module
+from typing import Protocol
+from weakref import WeakKeyDictionary, WeakSet
 
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
@@ -25,6 +27,14 @@ from sparse_compile.runtime.state import Layer
 from sparse_compile.strategies.base import Planner, Strategy
 
 log = logging.getLogger(__name__)
+
+
+class Source(Protocol):
+    """What moves an attached clock."""
+
+    def detach(self) -> None:
+        """Stop doing so, and leave nothing behind."""
+
 
 Finder = Callable[[], bool]
 """Looks for a pipeline on the call stack; attaches it and returns True where there is one."""
@@ -47,7 +57,7 @@ class Registry:
         self._claims = WeakIdKeyDictionary()
         self._records = WeakIdKeyDictionary()
         self._planners: dict[Config, Planner] = {}
-        self._detach: dict[Clock, Callable[[], None]] = {}
+        self._sources: WeakKeyDictionary[Clock, WeakSet[Source]] = WeakKeyDictionary()
         self._finders: dict[str, str] = {}
         self._warned_no_clock = False
         self.unowned: list[GraphRecord] = []
@@ -148,20 +158,24 @@ class Registry:
                     layer.refresh()
             clock.let_go()
 
-    def on_detach(self, clock: Clock, undo: Callable[[], None]) -> None:
-        """What to undo when this clock is detached from its source."""
-        self._detach[clock] = undo
+    def attach(self, clock: Clock, source: Source) -> None:
+        """Note what moves a clock; it is held weakly."""
+        self._sources.setdefault(clock, WeakSet()).add(source)
 
     def detach(self, clock: Clock) -> None:
-        """Undo `on_detach` and release the clock's models."""
-        undo = self._detach.pop(clock, None)
-        if undo is not None:
-            undo()
+        """Detach a clock from its sources and release its models."""
+        for source in self.sources(clock):
+            source.detach()
+        self._sources.pop(clock, None)
         self.release(clock)
 
     def clocks(self) -> list[Clock]:
         """The clocks that were attached to a source of time."""
-        return list(self._detach)
+        return list(self._sources)
+
+    def sources(self, clock: Clock) -> list[Source]:
+        """What moves a clock."""
+        return list(self._sources.get(clock, ()))
 
     def add_finder(self, library: str, module: str) -> None:
         """Ask ``module.find_on_stack`` for a pipeline, once somebody else has imported ``library``."""

@@ -111,7 +111,9 @@ class Layer:
         for state in self.branches.values():
             state.rows = max((read_rows(log)[0] for log in state.logs.values()), default=0)
 
-    def tensors(self, state: BranchState, ordinal: int, specs: Sequence[TensorSpec]) -> tuple[list[Tensor], bool]:
+    def tensors(
+        self, state: BranchState, ordinal: int, specs: Sequence[TensorSpec], device: torch.device
+    ) -> tuple[list[Tensor], bool]:
         """The state tensors of one site, followed by its log; and whether they had to be made anew."""
         found = state.tensors.get(ordinal)
         fresh = found is None or [TensorSpec(tuple(t.shape), t.dtype, t.device) for t in found] != list(specs)
@@ -120,7 +122,7 @@ class Layer:
             if self.claim is not None:
                 self.claim.allocations += 1
         log = state.logs.get(ordinal)
-        spec = log_spec(specs[0].device)
+        spec = log_spec(device)
         if log is None or log.device != spec.device:
             log = state.logs[ordinal] = allocate(spec) if log is None else moved(log, spec.device)
         return [*found, log], fresh

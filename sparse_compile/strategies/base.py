@@ -63,7 +63,10 @@ class GraphBuilder(Protocol):
         """Whether the dense attention laid its output out as [B, S, H, D] in memory; the ops do the same."""
 
     def call(self, op: str, *arguments: Any) -> Node:
-        """Add ``torch.ops.sparse_compile.<op>``; the kernel choice is appended as last argument."""
+        """Add ``torch.ops.sparse_compile.<op>``, with the kernel choice as last argument.
+
+        ``namespace::op`` adds an op of a plug-in's own, with the arguments as they are.
+        """
 
     def attention(self) -> Node:
         """Add the attention as it was."""

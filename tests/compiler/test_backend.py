@@ -10,11 +10,15 @@ import pytest
 import torch
 from tiny_models import BUILDERS, FULLGRAPH
 from torch._dynamo.exc import BackendCompilerFailed
+from tiny_model_tables import REGIONAL
 from toy_models import EAGER, Block, Stack, tokens
 
 import sparse_compile
 from sparse_compile.errors import StrictModeError
 from sparse_compile.runtime.registry import REGISTRY
+
+
+SLOW = pytest.mark.slow
 
 
 @pytest.fixture(autouse=True)
@@ -136,19 +140,21 @@ def test_all_dense_is_bitwise_what_inductor_gives() -> None:
     assert torch.equal(ours, plain)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(n, marks=() if n in ("wan_t2v", "hunyuan_video", "cogvideox", "ltx") else pytest.mark.slow)
-        for n in BUILDERS
-    ],
-)
-@pytest.mark.parametrize("regional", [False, True], ids=["whole", "regional"])
+QUICK = ("wan_t2v", "hunyuan_video", "cogvideox", "ltx")
+MODELS = [
+    pytest.param(
+        name, regional, id=f"{'regional' if regional else 'whole'}-{name}", marks=() if name in QUICK else SLOW
+    )
+    for name in BUILDERS
+    for regional in (False, True)
+    if not regional or name in REGIONAL
+]
+
+
+@pytest.mark.parametrize(("name", "regional"), MODELS)
 def test_everything_kept_equals_dense(name: str, regional: bool) -> None:
     """Promise 1, on two calls of two branches each, with weights that make a wrong attention visible."""
     model, kwargs = BUILDERS[name]()
-    if regional and not getattr(model, "_repeated_blocks", None):
-        pytest.skip("diffusers names no repeated blocks for this model")
     options = {"lowering": "eager", "min_tokens": 64, "dense_steps": 0, "dense_layers": 0, "top_p": 1.0}
     calls = [kwargs, {**kwargs, "hidden_states": kwargs["hidden_states"] * 0.9 + 0.05}]
     with torch.no_grad():

@@ -101,7 +101,6 @@ def test_without_a_clock_all_is_dense_with_one_warning(way: str, caplog: pytest.
     assert report.compilations == 1
 
 
-@pytest.mark.parametrize("way", WAYS)
 def test_a_sparse_graph_that_runs_without_a_clock_attends_to_everything() -> None:
     model, call = whole(dense_steps=0)
     with sparse_compile.denoising(model, steps=4) as clock:

@@ -139,23 +139,24 @@ def test_detaching_a_clock_undoes_what_its_source_did() -> None:
     model = Stack()
     clock = Clock()
     undone: list[str] = []
-    undo = Undo(undone)
+    source = Source(undone)
     REGISTRY.claim(model, clock)
-    REGISTRY.on_detach(clock, undo.run)
+    REGISTRY.attach(clock, source)
     assert REGISTRY.clocks() == [clock]
+    assert REGISTRY.sources(clock) == [source]
     REGISTRY.detach(clock)
     assert undone == ["undone"]
     assert REGISTRY.clocks() == []
     assert REGISTRY.claim_of(next(model.parameters())) is None
 
 
-class Undo:
-    """Counts how often it is called."""
+class Source:
+    """Counts how often it is detached."""
 
     def __init__(self, undone: list[str]) -> None:
         self.undone = undone
 
-    def run(self) -> None:
+    def detach(self) -> None:
         self.undone.append("undone")
 
 

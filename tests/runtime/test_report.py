@@ -62,7 +62,9 @@ def test_the_report_tells_sites_and_steps(way: str) -> None:
         ("blocks.0", "sparse", None),
         ("blocks.1", "sparse", None),
     ]
-    assert {(s["query_tokens"], s["key_tokens"], s["heads"], s["head_dim"]) for s in data["sites"]} == {(128, 128, 2, 16)}
+    assert {(s["query_tokens"], s["key_tokens"], s["heads"], s["head_dim"]) for s in data["sites"]} == {
+        (128, 128, 2, 16)
+    }
     assert data["compilations"] == 3
     (generation,) = data["generations"]
     seen = [(step["step"], step["branch"], step["phase"]) for step in generation["steps"]]
