@@ -84,7 +84,7 @@ def enable(pipe: Any, *, regional: bool = False, **options: object) -> Clock:
     Config.from_options(options)
     clock = attach(pipe)
     try:
-        for model in _models_of(pipe).values():
+        for model in _models_of(pipe, "enable").values():
             if regional:
                 model.compile_repeated_blocks(backend=BACKEND, options=options)  # type: ignore[operator]  # diffusers' method
             else:
@@ -96,13 +96,15 @@ def enable(pipe: Any, *, regional: bool = False, **options: object) -> Clock:
 
 
 def disable(pipe: Any) -> None:
-    """Undo `enable` and `attach`: the transformers run as they were, and nothing drives a clock."""
-    from sparse_compile.integrations.diffusers import clock_of
+    """Undo `enable` and `attach`: the transformers run as they were, and nothing drives a clock.
 
-    clock = clock_of(pipe)
-    if clock is not None:
-        REGISTRY.detach(clock)
-    for model in _models_of(pipe).values():
+    Raises:
+        SparseAttentionError: it is no pipeline.
+    """
+    for model in _models_of(pipe, "disable").values():
+        clock = REGISTRY.attached_clock(model)
+        if clock is not None:
+            REGISTRY.detach(clock)
         for module in model.modules():
             module._compiled_call_impl = None
 
@@ -116,16 +118,16 @@ def explain(model_or_pipe: Any) -> Report:
     Raises:
         SparseAttentionError: it is neither.
     """
-    return build_report(_models_of(model_or_pipe), REGISTRY)
+    return build_report(_models_of(model_or_pipe, "explain"), REGISTRY)
 
 
-def _models_of(model_or_pipe: Any) -> Mapping[str, nn.Module]:
+def _models_of(model_or_pipe: Any, caller: str) -> Mapping[str, nn.Module]:
     if isinstance(model_or_pipe, nn.Module):
         return {"": _original(model_or_pipe)}
     components = getattr(model_or_pipe, "components", None)
     if not isinstance(components, dict):
         raise SparseAttentionError(
-            "explain needs a module or a diffusers pipeline",
+            f"{caller} needs a module or a diffusers pipeline",
             type(model_or_pipe).__name__,
             "Give the transformer or the pipeline.",
         )

@@ -191,7 +191,7 @@ def _slots(states: Sequence[StateInput], layers: Sequence[_Layer]) -> list[Slot]
             TensorSpec(tuple(map(torch_internals.expression_of, spec.shape)), spec.dtype, spec.device)
             for spec in state.specs[:-1]
         )
-        slots.append(Slot(places[state.site.owner.name], state.site.ordinal, specs, state.site.device))
+        slots.append(Slot(places[state.site.owner.name], state.site.ordinal, specs, state.site.device, state.logged))
     return slots
 
 

@@ -53,7 +53,7 @@ def attach_pipeline(pipe: object) -> Clock:
             "Drive the model by hand with `sparse_compile.denoising(model, steps=...)`.",
         )
     known = clock_of(pipe)
-    if known is not None and any(source.drives(scheduler) for source in REGISTRY.sources(known)):  # type: ignore[attr-defined]  # ours
+    if known is not None and _drives(known, scheduler):
         return known
     clock = known or _clock_for(list(models.values()))
     driver = PipelineDriver(pipe, clock)
@@ -74,14 +74,15 @@ def _clock_for(models: list[nn.Module]) -> Clock:
     return clock
 
 
+def _drives(clock: Clock, scheduler: Any) -> bool:
+    drivers = [source for source in REGISTRY.sources(clock) if isinstance(source, PipelineDriver)]
+    return any(driver.drives(scheduler) for driver in drivers)
+
+
 def clock_of(pipe: DiffusionPipeline) -> Clock | None:
     """The clock that a pipeline drives, if any."""
-    for model in denoisers(pipe).values():
-        parameter = next(model.parameters(), None)
-        claim = None if parameter is None else REGISTRY.claim_of(parameter)
-        if claim is not None and claim.clock in REGISTRY.clocks():
-            return claim.clock
-    return None
+    clocks = map(REGISTRY.attached_clock, denoisers(pipe).values())
+    return next((clock for clock in clocks if clock is not None), None)
 
 
 def denoisers(pipe: DiffusionPipeline) -> dict[str, nn.Module]:

@@ -31,6 +31,8 @@ class StateInput:
     site: Site
     specs: tuple[TensorSpec, ...]
     examples: tuple[torch.Tensor, ...]
+    logged: bool
+    """Whether its ops write a row of the call log."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ def insert_sparse_attention(
         out.meta = dict(site.node.meta)
         site.node.replace_all_uses_with(out)
         graph.erase_node(site.node)
-        states.append(StateInput(site, tuple(specs.values()), examples))
+        states.append(StateInput(site, tuple(specs.values()), examples, bool(inputs[LOG].users)))
     if states:
         graph.lint()
         graph_module.recompile()

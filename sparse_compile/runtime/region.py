@@ -36,6 +36,8 @@ class Slot:
     ordinal: int
     specs: tuple[TensorSpec, ...]
     device: torch.device
+    logged: bool
+    """Whether each call writes a row of the call log."""
 
 
 class Region:
@@ -72,6 +74,7 @@ class Region:
         self._symbols = dict(symbols)
         self._records = tuple(records)
         self._sparse_owners = tuple(dict.fromkeys(slot.owner for slot in slots))
+        self._logged = any(slot.logged for slot in slots)
         self._dense_owners = tuple(owner for owner in range(len(owners)) if owner not in self._sparse_owners)
         self._resolved: dict[tuple[int, ...], list[list[TensorSpec]]] = {}
 
@@ -141,11 +144,13 @@ class Region:
         call = Call(clock.generation, step, branch, Phase.DENSE, None)
         for layer in map(group.layers.__getitem__, self._dense_owners):
             layer.history.append(call)
+        call = call._replace(phase=self._phase)
         for layer, state in zip(map(group.layers.__getitem__, self._sparse_owners), gathered.states, strict=True):
-            if call.row != state.rows:
-                call = Call(clock.generation, step, branch, self._phase, state.rows)
+            if self._logged:
+                if call.row != state.rows:
+                    call = call._replace(row=state.rows)
+                state.rows += 1
             layer.history.append(call)
-            state.rows += 1
             if searched or lost:
                 state.searched = step if searched else None
         unnamed = clock.branch_name is None

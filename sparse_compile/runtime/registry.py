@@ -173,6 +173,11 @@ class Registry:
         """The clocks that were attached to a source of time."""
         return list(self._sources)
 
+    def attached_clock(self, model: nn.Module) -> Clock | None:
+        """The clock of this model, if it was attached to a source of time."""
+        claims = (self._claims.get(parameter) for parameter in model.parameters())
+        return next((claim.clock for claim in claims if claim is not None and claim.clock in self._sources), None)
+
     def sources(self, clock: Clock) -> list[Source]:
         """What moves a clock."""
         return list(self._sources.get(clock, ()))

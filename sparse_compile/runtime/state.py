@@ -119,12 +119,12 @@ class Layer:
         fresh = found is None or [TensorSpec(tuple(t.shape), t.dtype, t.device) for t in found] != list(specs)
         if found is None or fresh:
             found = state.tensors[ordinal] = [allocate(spec) for spec in specs]
-            if self.claim is not None:
-                self.claim.allocations += 1
         log = state.logs.get(ordinal)
-        spec = log_spec(device)
-        if log is None or log.device != spec.device:
-            log = state.logs[ordinal] = allocate(spec) if log is None else moved(log, spec.device)
+        stays = log is not None and log.device == device
+        if log is None or not stays:
+            log = state.logs[ordinal] = allocate(log_spec(device)) if log is None else moved(log, device)
+        if self.claim is not None and (fresh or not stays):
+            self.claim.allocations += 1
         return [*found, log], fresh
 
 

@@ -50,7 +50,7 @@ def test_a_step_may_be_given_by_number() -> None:
 def test_a_generation_needs_at_least_one_whole_step(steps: object) -> None:
     clock = Clock()
     before = clock.generation
-    with pytest.raises(SparseAttentionError, match="at least 1.*number of steps"):
+    with pytest.raises(SparseAttentionError, match=r"at least 1.*number of steps"):
         clock.start(steps)  # type: ignore[arg-type]
     assert clock.generation == before
 

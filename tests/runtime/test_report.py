@@ -156,7 +156,7 @@ def test_a_site_with_two_models_of_one_code_is_in_both_reports() -> None:
 
 def test_non_finite_tokens_are_counted() -> None:
     model, call = whole(1, dense_steps=0)
-    with sparse_compile.denoising(model, steps=2) as clock:
+    with sparse_compile.denoising(model, steps=2):
         x = tokens()
         x[0, 5] = math.inf
         call(x)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from generations import (
     BRANCHES,
+    QUICK,
     WAYS,
     assert_same,
     generate,
@@ -45,10 +46,10 @@ def spec(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -
 def test_state_starts_as_zeros_and_keeps_its_tensors() -> None:
     layer = a_layer()
     state = layer.state("cond", 1)
-    tensors, fresh = layer.tensors(state, 0, [spec(2, 3), spec(1, dtype=torch.int32)])
+    tensors, fresh = layer.tensors(state, 0, [spec(2, 3), spec(1, dtype=torch.int32)], CPU)
     assert fresh
     assert [t.any().item() for t in tensors] == [False] * 3
-    again, fresh = layer.tensors(layer.state("cond", 1), 0, [spec(2, 3), spec(1, dtype=torch.int32)])
+    again, fresh = layer.tensors(layer.state("cond", 1), 0, [spec(2, 3), spec(1, dtype=torch.int32)], CPU)
     assert not fresh
     assert all(one is two for one, two in zip(tensors, again, strict=True))
 
@@ -59,7 +60,7 @@ def test_branches_and_ordinals_have_their_own_tensors() -> None:
         tensor
         for branch in BRANCHES
         for ordinal in (0, 1)
-        for tensor in layer.tensors(layer.state(branch, 1), ordinal, [spec(2, 3)])[0]
+        for tensor in layer.tensors(layer.state(branch, 1), ordinal, [spec(2, 3)], CPU)[0]
     ]
     assert len({tensor.data_ptr() for tensor in made}) == len(made) == 8
 
@@ -67,7 +68,7 @@ def test_branches_and_ordinals_have_their_own_tensors() -> None:
 def test_a_new_generation_zeroes_in_place_and_forgets_the_search() -> None:
     layer = a_layer()
     state = layer.state("cond", 1)
-    (tensor, log), _ = layer.tensors(state, 0, [spec(4)])
+    (tensor, log), _ = layer.tensors(state, 0, [spec(4)], CPU)
     tensor.fill_(7)
     log[0, 0] = 3
     state.searched = 2
@@ -75,7 +76,7 @@ def test_a_new_generation_zeroes_in_place_and_forgets_the_search() -> None:
     assert renewed is state
     assert renewed.searched is None
     assert not tensor.any()
-    assert layer.tensors(renewed, 0, [spec(4)])[0][0] is tensor
+    assert layer.tensors(renewed, 0, [spec(4)], CPU)[0][0] is tensor
     assert read_rows(log)[0] == 3
 
 
@@ -87,8 +88,8 @@ def test_a_new_generation_zeroes_in_place_and_forgets_the_search() -> None:
 def test_another_shape_dtype_or_device_makes_new_tensors(other: TensorSpec) -> None:
     layer = a_layer()
     state = layer.state("cond", 1)
-    old = layer.tensors(state, 0, [spec(4)])[0][0]
-    (new, log), fresh = layer.tensors(state, 0, [other])
+    old = layer.tensors(state, 0, [spec(4)], CPU)[0][0]
+    (new, log), fresh = layer.tensors(state, 0, [other], other.device)
     assert fresh
     assert new is not old
     assert (tuple(new.shape), new.dtype, new.device) == other
@@ -98,10 +99,10 @@ def test_another_shape_dtype_or_device_makes_new_tensors(other: TensorSpec) -> N
 def test_the_call_log_moves_with_the_device_and_keeps_its_rows() -> None:
     layer = a_layer()
     state = layer.state("cond", 1)
-    (_, log), _ = layer.tensors(state, 0, [spec(4)])
+    (_, log), _ = layer.tensors(state, 0, [spec(4)], CPU)
     log[0, 0], log[1, 0] = 1, 0.25
     state.logs[0] = FakeDevice(log)  # type: ignore[assignment]  # stands for a log on another device
-    (_, moved), _ = layer.tensors(state, 0, [spec(4)])
+    (_, moved), _ = layer.tensors(state, 0, [spec(4)], CPU)
     assert read_rows(moved) == read_rows(log)
 
 
@@ -181,6 +182,24 @@ def test_the_second_generation_equals_the_first(way: str) -> None:
 
 
 @pytest.mark.parametrize("way", WAYS)
+def test_state_of_inference_mode_serves_no_grad_and_the_reverse(way: str) -> None:
+    model, call = WAYS[way]()
+    with sparse_compile.denoising(model, steps=4) as clock:
+        want = generate(call, clock)
+    model, call = WAYS[way]()
+    with sparse_compile.denoising(model, steps=4) as clock:
+        outputs: list[Tensor] = []
+        for step in range(4):
+            with torch.inference_mode(step != 2), clock.branch("cond"):
+                outputs.append(call(tokens(seed=100 + step)))
+            clock.step()
+        assert_same({"cond": outputs}, {"cond": want["cond"]})
+        clock.start(4)
+        assert_same(generate(call, clock), want)
+    assert not any(tensor.is_inference() for tensor in state_tensors(model))
+
+
+@pytest.mark.parametrize("way", WAYS)
 def test_a_generation_of_other_length_decides_anew(way: str) -> None:
     model, call = WAYS[way](dense_steps=0.5)
     with sparse_compile.denoising(model, steps=4) as clock:
@@ -221,6 +240,20 @@ def test_a_call_of_another_shape_or_dtype_attends_to_everything_and_the_next_sea
     torch.testing.assert_close(outputs[0], dense, atol=rounding, rtol=rounding)
     assert not torch.allclose(outputs[1], dense, atol=5e-2)
     assert phases(model) == [["search", "sparse", "sparse", "sparse", "search"]] * 2
+
+
+def test_state_that_another_length_replaced_is_not_used_again() -> None:
+    model = Stack(1)
+    options = {**QUICK, "dense_steps": 0, "k_clusters": 100}
+    call = torch.compile(model, backend="sparse_attn", options=options, dynamic=False)
+    seen = []
+    with sparse_compile.denoising(model, steps=8) as clock, clock.branch("cond"):
+        for length in (128, 128, 96, 96, 96, 128, 128, 128):
+            x = tokens(length, seed=length)
+            seen.append(torch.allclose(call(x), Stack(1)(x), atol=1e-5))
+            clock.step()
+    assert phases(model) == [["search", "sparse"] + ["sparse", "search", "sparse"] * 2]
+    assert seen == [False, False] + [True, False, False] * 2
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -266,7 +299,7 @@ def test_a_replaced_first_parameter_keeps_its_place_among_the_dense_layers() -> 
     assert [set(seen[-4:]) == {"dense"} for seen in phases(model)] == [True, False, False]
 
 
-class Failure(Exception):
+class PlannedError(Exception):
     pass
 
 
@@ -287,11 +320,11 @@ def test_a_failing_search_is_searched_again_and_the_log_stays_in_step(
 
         def run_and_fail(*args: Any) -> Any:
             compiled(*args)
-            raise Failure
+            raise PlannedError
 
         with monkeypatch.context() as patch:
             patch.setattr(region, "_compiled", run_and_fail)
-            with pytest.raises(Failure), clock.branch("cond"):
+            with pytest.raises(PlannedError), clock.branch("cond"):
                 call(tokens(seed=100))
         assert lead.branches["cond"].searched is None
         assert lead.branches["cond"].rows == 5
