@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from toy_models import EAGER, Block, Stack, tokens
 
 from sparse_compile import testing
 from sparse_compile.phases import Phase
 from sparse_compile.sites import Reason
-from toy_models import EAGER, Block, Stack, tokens
 
 
 def test_capture_gives_every_graph_of_a_call_and_what_its_inputs_are() -> None:

@@ -21,7 +21,7 @@ from sparse_compile.passes.insert_sparse_attention import StateInput, insert_spa
 from sparse_compile.passes.match_attention import match_attention
 from sparse_compile.phases import Phase
 from sparse_compile.plan import TensorSpec
-from sparse_compile.runtime.region import Region, Slot
+from sparse_compile.runtime.region import Region, Slot, Witness
 from sparse_compile.runtime.registry import Registry
 from sparse_compile.runtime.report import GraphRecord, SiteRecord
 from sparse_compile.sites import GraphInput, Reason, Site
@@ -56,7 +56,7 @@ def compile_graph(
     phase = _phase_of(layers, planner, registry)
     _record(graph_module, sites, phase, kernel, planner, registry)
     if not layers:
-        return lower(graph_module, inputs, config)
+        return _witnessed(graph_module, lower(graph_module, inputs, config), planner, registry)
     add_phase_guard([layer.owner for layer in layers], phase, planner, registry)
     if phase is Phase.DENSE:
         compiled, slots = lower(graph_module, inputs, config), []
@@ -213,6 +213,16 @@ def _region(
     return Region(compiled, phase, planner, registry, owners, slots, symbols, records)
 
 
+def _witnessed(
+    graph_module: fx.GraphModule, compiled: Callable[..., Any], planner: Planner, registry: Registry
+) -> Callable[..., Any]:
+    """A graph without sparse sites; under ``strict`` its calls are noted, since a generation of them is an error."""
+    placeholders = graph_module.graph.find_nodes(op="placeholder")
+    anchors = [place for place, node in enumerate(placeholders) if torch_internals.parameter_of(node) is not None]
+    strict = planner.config.strict and bool(anchors)
+    return Witness(compiled, anchors[0], planner, registry) if strict else compiled
+
+
 # ---------------------------------------------------------------------- reasons, records, log
 
 
@@ -244,8 +254,6 @@ def _record(
     anchor = parameters[0] if parameters else None
     unowned = tuple(SiteRecord.of(site, kernel) for site in sites if site.owner is None)
     registry.record_graph(anchor, GraphRecord(phase, unowned, warning))
-    if anchor is not None and (claim := registry.claim_of(anchor)) is not None:
-        claim.planners.add(planner)
     for site in sites:
         record = SiteRecord.of(site, kernel)
         if site.owner is not None:

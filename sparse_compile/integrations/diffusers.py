@@ -1,8 +1,8 @@
 """diffusers pipelines as the source of time.
 
-`scheduler.set_timesteps` starts a generation, `scheduler.step` moves to the next step, and the transformer's
-`cache_context` names the CFG branch. All three are wrapped on the instances that a pipeline holds, and unwrapped again
-by `detach`.
+`scheduler.set_timesteps` starts a generation (`set_begin_index` in the middle of it), `scheduler.step` moves to the next
+step, and the transformer's `cache_context` names the CFG branch. They are wrapped on the instances that a pipeline
+holds, and unwrapped again by `detach`; so is `progress_bar`, by which a pipeline shows that it runs.
 """
 
 from __future__ import annotations
@@ -100,7 +100,8 @@ def find_on_stack() -> bool:
     while frame is not None:
         owner = frame.f_locals.get("self")
         if isinstance(owner, DiffusionPipeline):
-            if clock_of(owner) is not None or getattr(owner, "scheduler", None) is None or not denoisers(owner):
+            scheduler, known = getattr(owner, "scheduler", None), clock_of(owner)
+            if scheduler is None or not denoisers(owner) or (known is not None and _drives(known, scheduler)):
                 return False
             attach_pipeline(owner)
             log.info("attached %s, found on the call stack", type(owner).__name__)

@@ -38,7 +38,7 @@ class Claim:
         self.mismatches = 0
         """Calls whose graph was not the one of the layers' phase (a guard_filter_fn dropped the guard)."""
         self.planners: set[Planner] = set()
-        """Planners under which a graph of this model was compiled."""
+        """Planners under which a graph of this model ran in this generation."""
         self.sparse_calls = 0
         """Calls of this generation that were not dense."""
         self._layers: dict[Planner, list[weakref.ref[Layer]]] = {}
@@ -74,6 +74,7 @@ class Claim:
     def restart(self) -> None:
         """A generation starts: layers are counted anew, so that each generation decides as the first one did."""
         self._counts.clear()
+        self.planners.clear()
         self.sparse_calls = 0
         self._move(count=False)
 
@@ -92,8 +93,7 @@ class Claim:
         Raises:
             StrictModeError: it was.
         """
-        planners = self.planners | self._layers.keys()
-        strict = [p for p in planners if p.config.strict and p.config.method != "dense"]
+        strict = [p for p in self.planners if p.config.strict and p.config.method != "dense"]
         if strict:
             raise StrictModeError(
                 "under strict, some attention must become sparse in each generation",
@@ -157,6 +157,11 @@ class Clock:
         """Steps of this generation."""
         return self.moment.steps
 
+    @property
+    def over(self) -> bool:
+        """Whether no generation is under way: none was started, or its last step has ended."""
+        return self.moment.step >= self.moment.steps
+
     def claim(self, model: nn.Module) -> Claim:
         """Take a model; the Registry files its Parameters."""
         claim = Claim(self, model)
@@ -168,13 +173,13 @@ class Clock:
         self._claims.clear()
 
     def phase(self, planner: Planner, searched: int | None) -> Phase:
-        """The phase of a call now; dense as long as no generation was started.
+        """The phase of a call now; dense before a generation was started and after its last step.
 
         Args:
             planner: whose call.
             searched: step of the last search, see `Strategy.phase`.
         """
-        return planner.phase(self.moment, searched) if self.steps else Phase.DENSE
+        return Phase.DENSE if self.over else planner.phase(self.moment, searched)
 
     def start(self, steps: int, step: int = 0) -> None:
         """Start a generation: everything kept from an earlier one is void.

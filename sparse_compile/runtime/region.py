@@ -21,7 +21,7 @@ from sparse_compile.plan import TensorSpec
 from sparse_compile.runtime.clock import Claim, one_at_a_time
 from sparse_compile.runtime.registry import Registry
 from sparse_compile.runtime.report import SiteRecord
-from sparse_compile.runtime.state import Branch, Call, Gathered, LayerGroup, allocate
+from sparse_compile.runtime.state import MOST_UNNAMED_CALLS, Branch, Call, Gathered, LayerGroup, allocate
 from sparse_compile.strategies.base import Planner
 
 log = logging.getLogger(__name__)
@@ -82,6 +82,8 @@ class Region:
         """Run the graph on Dynamo's arguments."""
         group = self._group(args)
         known = group.layers[0].claim
+        if known is not None and known.clock.over:  # another pipeline may have taken the model over
+            self._registry.find_clock()
         claim = known or self._seek_clock(group)
         if claim is None:
             return self._compiled(*args, *self._empty_state(args))
@@ -139,6 +141,7 @@ class Region:
         searched = self._phase in (Phase.SEARCH, Phase.REFINE)
         # A sparse call that had to make its state attended to everything; the next call searches.
         lost = fresh and not searched
+        claim.planners.add(self._planner)
         if self._phase is not Phase.DENSE:
             claim.sparse_calls += 1
         call = Call(clock.generation, step, branch, Phase.DENSE, None)
@@ -154,6 +157,12 @@ class Region:
             if searched or lost:
                 state.searched = step if searched else None
         unnamed = clock.branch_name is None
+        if group.layers[0].calls == MOST_UNNAMED_CALLS - 1 and unnamed:
+            log.warning(
+                "%d calls in one step without the name of a branch: attention stays dense until the clock moves;"
+                " is a clock.step() missing?",
+                MOST_UNNAMED_CALLS,
+            )
         if searched or lost or unnamed:
             for layer in group.layers:
                 layer.calls += unnamed
@@ -191,11 +200,35 @@ class Region:
         return self._resolved[values]
 
     def _empty_state(self, args: Sequence[Any]) -> list[Tensor]:
-        """State that nobody keeps: the ops take zeros as "attend to everything"."""
+        """State that nobody keeps, for a graph that runs without its guard: a sparse call attends to everything."""
         tensors = []
         for slot, specs in zip(self._slots, self._specs(args), strict=True):
             tensors += [allocate(spec) for spec in (*specs, log_spec(slot.device))]
         return tensors
+
+
+class Witness:
+    """Runs a graph in which nothing became sparse, and lets the clock know that it ran: under strict, that counts.
+
+    Args:
+        compiled: the lowered graph.
+        anchor: position of one of the model's Parameters among the arguments.
+        planner: under which options.
+        registry: where the model's clock is found.
+    """
+
+    def __init__(self, compiled: Callable[..., Any], anchor: int, planner: Planner, registry: Registry) -> None:
+        self._compiled = compiled
+        self._anchor = anchor
+        self._planner = planner
+        self._registry = registry
+
+    def __call__(self, *args: Any) -> Any:
+        """Run the graph on Dynamo's arguments."""
+        claim = self._registry.claim_of(args[self._anchor])
+        if claim is not None:
+            claim.planners.add(self._planner)
+        return self._compiled(*args)
 
 
 def _resolve(spec: TensorSpec, values: Mapping[Any, int]) -> TensorSpec:

@@ -27,6 +27,9 @@ HISTORY = 1024
 Branch = Hashable
 """The name that a pipeline gives to a CFG branch, or the ordinal of the layer's call within the step."""
 
+MOST_UNNAMED_CALLS = 16
+"""Calls within a step that get a state each; more of them mean that nobody moves the clock."""
+
 _allocation = threading.Lock()
 _made = itertools.count()
 
@@ -89,7 +92,7 @@ class Layer:
 
     def refresh(self) -> None:
         """Set the phase of the next call from the clock."""
-        if self.claim is None or self.kept_dense:
+        if self.claim is None or self.kept_dense or self.calls >= MOST_UNNAMED_CALLS:
             self.phase = Phase.DENSE
         else:
             self.phase = self.claim.clock.phase(self.planner, self.searched())

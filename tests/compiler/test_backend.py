@@ -8,15 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_model_tables import REGIONAL
 from tiny_models import BUILDERS, FULLGRAPH
 from torch._dynamo.exc import BackendCompilerFailed
-from tiny_model_tables import REGIONAL
 from toy_models import EAGER, Block, Stack, tokens
 
 import sparse_compile
 from sparse_compile.errors import StrictModeError
 from sparse_compile.runtime.registry import REGISTRY
-
 
 SLOW = pytest.mark.slow
 

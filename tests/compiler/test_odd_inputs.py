@@ -9,9 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from toy_models import EAGER, Stack, tokens
 
 import sparse_compile
-from toy_models import EAGER, Stack, tokens
 
 OPTIONS = {**EAGER, "dense_steps": 0, "min_tokens": 64, "top_p": 1.0}
 

@@ -182,6 +182,18 @@ def test_two_pipelines_with_one_transformer_share_the_clock() -> None:
         assert "progress_bar" not in vars(pipe)
 
 
+def test_a_second_pipeline_with_the_transformer_is_found_when_it_runs() -> None:
+    one = wan_pipeline()
+    sparse_compile.attach(one)
+    compile_whole(one.transformer)
+    want = run(one)
+    other = WanPipeline(None, None, None, FlowMatchEulerDiscreteScheduler(), one.transformer)
+    other.set_progress_bar_config(disable=True)
+    for pipe in (other, one, other):
+        assert torch.equal(run(pipe), want)
+        assert [phase for _, _, phase in steps_of(pipe)] == [phase for _, _, phase in expected(*FOUR)]
+
+
 def test_two_pipelines_with_one_scheduler_keep_their_clocks() -> None:
     scheduler = FlowMatchEulerDiscreteScheduler()
     pipes = [wan_pipeline(scheduler), wan_pipeline(scheduler)]

@@ -106,6 +106,7 @@ def test_a_sparse_graph_that_runs_without_a_clock_attends_to_everything() -> Non
     with sparse_compile.denoising(model, steps=4) as clock:
         generate(call, clock)
         search, sparse = regions_of(model)
+        clock.start(4)
         own = arguments_of(search, call, tokens(seed=5))
     (out,) = sparse(*own)
     torch.testing.assert_close(out, Stack()(tokens(seed=5)))
@@ -156,7 +157,6 @@ def test_each_strict_generation_is_judged_alone() -> None:
             generate(call, clock)
 
 
-@pytest.mark.xfail(strict=True, reason="only a compilation tells a claim that a model without sparse sites is strict")
 def test_strict_is_judged_again_in_the_next_block_of_too_short_sequences() -> None:
     model, call = whole(strict=True, min_tokens=1000)
     for _ in range(2):
@@ -342,3 +342,20 @@ def test_two_calls_of_one_model_at_once_are_an_error(named: bool) -> None:
         assert "one generation at a time" in str(error)
         torch.testing.assert_close(call(tokens()), Stack()(tokens()))
     assert [len(seen) for seen in phases(model)] == [3, 3]
+
+
+def test_a_model_called_after_the_last_step_runs_dense() -> None:
+    model, call = whole(dense_steps=0, top_p=0.3)
+    with sparse_compile.denoising(model, steps=2) as clock:
+        generate(call, clock)
+        torch.testing.assert_close(call(tokens()), model(tokens()))
+
+
+def test_calls_without_a_moving_clock_do_not_pile_up_state(caplog: pytest.LogCaptureFixture) -> None:
+    model, call = whole(dense_steps=0)
+    with sparse_compile.denoising(model, steps=4), caplog.at_level("WARNING"):
+        for _ in range(40):
+            call(tokens())
+    (layer, *_) = (layer for p in model.parameters() for layer in REGISTRY.layers_of(p))
+    assert len(layer.branches) == 16
+    assert sum("clock.step() missing" in record.getMessage() for record in caplog.records) == 1
