@@ -1,7 +1,7 @@
 """diffusers pipelines as the source of time.
 
-`scheduler.set_timesteps` starts a generation (`set_begin_index` in the middle of it), `scheduler.step` moves to the next
-step, and the transformer's `cache_context` names the CFG branch. They are wrapped on the instances that a pipeline
+`scheduler.set_timesteps` starts a generation (`set_begin_index` in the middle of it), `scheduler.step` moves to the
+next step, and the transformer's `cache_context` names the CFG branch. They are wrapped on the instances that a pipeline
 holds, and unwrapped again by `detach`; so is `progress_bar`, by which a pipeline shows that it runs.
 """
 

@@ -13,7 +13,8 @@ from sparse_compile.runtime.registry import REGISTRY
 OPTIONS = {**EAGER, "lowering": "inductor", "dense_steps": 0}
 
 
-def test_ops_mutate_the_graphs_own_inputs() -> None:
+def search_code() -> str:
+    """What Inductor wrote for a search: the body of its `call`."""
     torch.compiler.reset()
     counters.clear()
     model = Stack(1)
@@ -24,7 +25,11 @@ def test_ops_mutate_the_graphs_own_inputs() -> None:
         sparse_compile.denoising(model, steps=2),
     ):
         _, (code,) = run_and_get_code(call, tokens())
-    body = code[code.index("def call") :]
+    return code[code.index("def call") :]
+
+
+def test_ops_mutate_the_graphs_own_inputs() -> None:
+    body = search_code()
     inputs = body.split(" = args", 1)[0]
     for op, mutated in (("kmeans", 3), ("block_sparse_attention", 1)):
         (line,) = [n for n in body.splitlines() if f"torch.ops.sparse_compile.{op}.default(" in n]
@@ -39,17 +44,7 @@ def test_ops_mutate_the_graphs_own_inputs() -> None:
 
 def test_strided_views_reach_the_ops_without_a_copy() -> None:
     """diffusers hands over transposed [B, S, H, D] views."""
-    torch.compiler.reset()
-    model = Stack(1)
-    call = torch.compile(model, backend="sparse_attn", options=OPTIONS, fullgraph=True)
-    with (
-        torch.no_grad(),
-        torch.compiler.config.patch(force_disable_caches=True),
-        sparse_compile.denoising(model, steps=2),
-    ):
-        _, (code,) = run_and_get_code(call, tokens())
-    body = code[code.index("def call") :]
-    (line,) = [n for n in body.splitlines() if "torch.ops.sparse_compile.kmeans.default(" in n]
+    (line,) = [n for n in search_code().splitlines() if "torch.ops.sparse_compile.kmeans.default(" in n]
     assert line.count("reinterpret_tensor") >= 2, line
 
 

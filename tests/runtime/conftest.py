@@ -1,20 +1,5 @@
-"""Every test here starts with nothing compiled, nothing remembered, and without gradients."""
+"""Every test here starts as a fresh process would, and without gradients."""
 
-from __future__ import annotations
+from fresh_process import fresh_process
 
-from collections.abc import Iterator
-
-import pytest
-import torch
-
-from sparse_compile.runtime.registry import REGISTRY
-
-
-@pytest.fixture(autouse=True)
-def fresh_process() -> Iterator[None]:
-    torch.compiler.reset()
-    with torch.no_grad():
-        yield
-    for clock in REGISTRY.clocks():
-        REGISTRY.detach(clock)
-    REGISTRY.reset()
+__all__ = ["fresh_process"]
