@@ -106,13 +106,12 @@ def measure(layers: int, tokens: int, rounds: int, regional: bool) -> Mapping[st
     plain = compiled(model, regional, as_plain, backend="inductor")
     x = torch.randn(1, tokens, 64)
     times: dict[str, list[float]] = {"inductor": [], "sparse_attn": []}
-    with torch.no_grad(), sparse_compile.denoising(model, steps=2) as clock, clock.branch("cond"):
-        for call in (sparse, plain):
-            for _ in range(3):
-                expected = call(x)
-        clock.step()
+    with torch.no_grad(), sparse_compile.denoising(model, steps=rounds + 9) as clock, clock.branch("cond"):
         for _ in range(3):
+            expected = plain(x)
+        for _ in range(5):
             torch.testing.assert_close(sparse(x), expected)
+            clock.step()
         assert sparse_compile.explain(model).generations[-1].steps[-1].phase == Phase.SPARSE
         pair = [("inductor", plain), ("sparse_attn", sparse)]
         for _ in range(rounds):
@@ -121,6 +120,7 @@ def measure(layers: int, tokens: int, rounds: int, regional: bool) -> Mapping[st
                 start = time.perf_counter()
                 call(x)
                 times[name].append(1e6 * (time.perf_counter() - start))
+            clock.step()
     medians = {name: statistics.median(values) for name, values in times.items()}
     added = medians["sparse_attn"] - medians["inductor"]
     return {**medians, "added": added, "share": added / medians["inductor"], "per_layer": added / layers}

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import nn
 
+from sparse_compile.compiler import torch_internals
+from sparse_compile.config import Config
 from sparse_compile.errors import SparseAttentionError
 from sparse_compile.runtime.clock import Clock
 from sparse_compile.runtime.registry import REGISTRY
@@ -28,14 +31,14 @@ def attach(pipe: object) -> Clock:
     Raises:
         SparseAttentionError: it is no such pipeline, or another clock drives its transformer.
     """
-    try:
-        from sparse_compile.integrations.diffusers import attach_pipeline
-    except ImportError:
+    if importlib.util.find_spec("diffusers") is None:
         raise SparseAttentionError(
             "attach needs diffusers",
             type(pipe).__name__,
             "Install it (pip install diffusers), or use `sparse_compile.denoising(model, steps=...)`.",
-        ) from None
+        )
+    from sparse_compile.integrations.diffusers import attach_pipeline
+
     return attach_pipeline(pipe)
 
 
@@ -79,10 +82,10 @@ def enable(pipe: Any, *, regional: bool = False, **options: object) -> Clock:
     Raises:
         SparseAttentionError: as `attach`; or an option is unknown or out of range.
     """
-    from sparse_compile.config import Config
-
     Config.from_options(options)
     clock = attach(pipe)
+    modules = [module for model in _models_of(pipe, "enable").values() for module in model.modules()]
+    before = [torch_internals.compiled_call(module) for module in modules]
     try:
         for model in _models_of(pipe, "enable").values():
             if regional:
@@ -90,13 +93,21 @@ def enable(pipe: Any, *, regional: bool = False, **options: object) -> Clock:
             else:
                 model.compile(backend=BACKEND, options=options)
     except Exception:
+        _note_compiled(modules, before)
         disable(pipe)
         raise
+    _note_compiled(modules, before)
     return clock
 
 
+def _note_compiled(modules: list[nn.Module], before: list[object]) -> None:
+    """Remember which modules were compiled since ``before`` was taken."""
+    after = map(torch_internals.compiled_call, modules)
+    REGISTRY.enabled.update(m for m, old, new in zip(modules, before, after, strict=True) if new is not old)
+
+
 def disable(pipe: Any) -> None:
-    """Undo `enable` and `attach`: the transformers run as they were, and nothing drives a clock.
+    """Undo `enable` and `attach`: what `enable` compiled runs as it was, and nothing drives a clock.
 
     Raises:
         SparseAttentionError: it is no pipeline.
@@ -105,8 +116,9 @@ def disable(pipe: Any) -> None:
         clock = REGISTRY.attached_clock(model)
         if clock is not None:
             REGISTRY.detach(clock)
-        for module in model.modules():
-            module._compiled_call_impl = None
+        for module in REGISTRY.enabled.intersection(model.modules()):
+            torch_internals.undo_compile_in_place(module)
+            REGISTRY.enabled.discard(module)
 
 
 def explain(model_or_pipe: Any) -> Report:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import logging
 import math
 import os
@@ -326,11 +327,14 @@ def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
         elif name in LATER_OPTIONS:
             _check_known(name)
         else:
-            _warn_unknown(variable, known)
+            _warn_unknown(variable)
     return chosen
 
 
-def _warn_unknown(variable: str, known: list[str]) -> None:
+@functools.cache
+def _warn_unknown(variable: str) -> None:
+    """Once in a process: options are read for every graph."""
+    known = list(declared_options())
     near = difflib.get_close_matches(variable.removeprefix(ENV_PREFIX).lower(), known, n=1)
     hint = f"; did you mean {ENV_PREFIX}{near[0].upper()}?" if near else ""
     log.warning("unknown environment variable %s is ignored%s", variable, hint)

@@ -239,8 +239,8 @@ class Site:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the query."""
-        dtype: torch.dtype = self.query.meta["example_value"].dtype
+        """The dtype the attention computes in: its result's, to which autocast brings q, k and v."""
+        dtype: torch.dtype = self.node.meta["example_value"].dtype
         return dtype
 
     @property

@@ -32,7 +32,7 @@ MAY_IMPORT = {
     "runtime": (*LEAVES, "runtime", "strategies.base"),
     "compiler": (*LEAVES, "compiler", "ops", "passes", "runtime", "strategies"),
     "integrations": (*LEAVES, "integrations", "runtime"),
-    "api": (*LEAVES, "integrations", "runtime"),
+    "api": (*LEAVES, "compiler.torch_internals", "integrations", "runtime"),
     "evaluation": (*LEAVES, "evaluation"),
 }
 """What a module or folder of the package may import of the rest of it."""

@@ -17,8 +17,6 @@ from sparse_compile.errors import SparseAttentionError
 
 BACKEND = "sparse_attn"
 OLDEST_TORCH = (2, 11)
-LEAST_RECOMPILE_LIMIT = 8
-"""Below torch's own default, Dynamo gives up before all phases of a model are compiled."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +39,6 @@ def run(_: argparse.Namespace) -> int:
         *check_devices(),
         check_cpp_compiler(os.environ),
         check_backend(),
-        check_recompile_limit(),
         *check_environment(os.environ),
     ]
     for finding in findings:
@@ -103,15 +100,6 @@ def check_backend() -> Finding:
     except (ImportError, AttributeError) as error:
         return Finding("backend", entry_point.value, f"It does not load: {error}. Install the package again.")
     return Finding("backend", f"{BACKEND} = {entry_point.value}")
-
-
-def check_recompile_limit() -> Finding:
-    """Each phase is a compilation; at the limit Dynamo runs the model eagerly."""
-    limit = int(torch._dynamo.config.recompile_limit)
-    problem = ""
-    if limit < LEAST_RECOMPILE_LIMIT:
-        problem = f"Set torch._dynamo.config.recompile_limit to {LEAST_RECOMPILE_LIMIT} or more."
-    return Finding("recompile_limit", str(limit), problem)
 
 
 def check_environment(environ: Mapping[str, str]) -> list[Finding]:

@@ -16,22 +16,26 @@ from sparse_compile.strategies.base import Planner
 log = logging.getLogger(__name__)
 
 
-def add_phase_guard(owners: Sequence[fx.Node], phase: Phase, planner: Planner, registry: Registry) -> None:
+def add_phase_guard(
+    owners: Sequence[fx.Node], phase: Phase, kept_dense: tuple[bool, ...], planner: Planner, registry: Registry
+) -> None:
     """Make Dynamo use the graph under compilation only while its layers are in ``phase``.
 
     Args:
         owners: the Parameter placeholders of the graph's layers, in order; the first layer that is not kept dense
             speaks for all of them, since they share a clock.
         phase: what the graph was written for.
+        kept_dense: which layers it was written to leave dense. Other layers may share the code (two attentions in each
+            block, the first block kept dense) and need a graph of their own.
         planner: whose layers.
         registry: where the layers are found, by the Parameters of the frame at hand.
     """
     text = f"sparse_attn.phase == {str(phase)!r}"
-    torch_internals.add_root_guard(owners[0], phase_check(owners, phase, planner, registry), text)
+    torch_internals.add_root_guard(owners[0], phase_check(owners, phase, kept_dense, planner, registry), text)
 
 
 def phase_check(
-    owners: Sequence[fx.Node], phase: Phase, planner: Planner, registry: Registry
+    owners: Sequence[fx.Node], phase: Phase, kept_dense: tuple[bool, ...], planner: Planner, registry: Registry
 ) -> Callable[[Scope, Scope], bool]:
     """The guard's function of a frame's locals and globals.
 
@@ -51,7 +55,7 @@ def phase_check(
                 yield eval(expression, scope)
 
         try:
-            return registry.phase_of(parameters(), planner) is phase
+            return registry.runs(parameters(), len(expressions), planner, phase, kept_dense)
         except Exception:  # see above: a guard must not raise, whatever the frame holds
             if not failed:
                 failed = True

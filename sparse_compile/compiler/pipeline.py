@@ -57,11 +57,12 @@ def compile_graph(
     _record(graph_module, sites, phase, kernel, planner, registry)
     if not layers:
         return _witnessed(graph_module, lower(graph_module, inputs, config), planner, registry)
-    add_phase_guard([layer.owner for layer in layers], phase, planner, registry)
+    kept_dense = registry.kept_dense([layer.parameter for layer in layers], planner)
+    add_phase_guard([layer.owner for layer in layers], phase, kept_dense, planner, registry)
     if phase is Phase.DENSE:
         compiled, slots = lower(graph_module, inputs, config), []
     else:
-        rewritten, states = rewrite(graph_module, _awake(layers, planner, registry), planner, phase, kernel)
+        rewritten, states = rewrite(graph_module, _awake(layers, kept_dense), planner, phase, kernel)
         examples = [example for state in states for example in state.examples]
         compiled = lower(rewritten, [*inputs, *examples], config)
         slots = _slots(states, layers)
@@ -93,7 +94,11 @@ def _with_known_state(site: Site, planner: Planner, known: frozenset[Any]) -> Si
     """A site whose state would be shaped by data (a count of valid tokens, say) stays dense."""
     if not site.sparse:
         return site
-    specs = planner.strategy.state(site, planner.config).values()
+    try:
+        specs = planner.strategy.state(site, planner.config).values()
+    except Exception as error:  # a strategy of a plug-in, on a graph it did not expect
+        log.exception("%s cannot shape its state for %s; it stays dense", planner.strategy.name, site.name)
+        return site.decided(Reason.ANALYSIS_FAILED, f"{type(error).__name__}: {error}")
     needed = frozenset().union(*(torch_internals.symbols_of(size) for spec in specs for size in spec.shape))
     return site if needed <= known else site.decided(Reason.DYNAMIC_SPLIT, "its state would be shaped by data")
 
@@ -176,9 +181,9 @@ def _phase_of(layers: Sequence[_Layer], planner: Planner, registry: Registry) ->
     return registry.phase_of([layer.parameter for layer in layers], planner)
 
 
-def _awake(layers: Sequence[_Layer], planner: Planner, registry: Registry) -> list[Site]:
+def _awake(layers: Sequence[_Layer], kept_dense: Sequence[bool]) -> list[Site]:
     """The sparse sites, less those of layers that ``dense_layers`` keeps dense."""
-    return [site for layer in layers if not registry.kept_dense(layer.parameter, planner) for site in layer.sites]
+    return [site for layer, dense in zip(layers, kept_dense, strict=True) if not dense for site in layer.sites]
 
 
 def _slots(states: Sequence[StateInput], layers: Sequence[_Layer]) -> list[Slot]:

@@ -183,3 +183,13 @@ def symbolic_inputs(graph_module: fx.GraphModule) -> dict[int, Any]:
 def symbols_of(size: int | torch.SymInt) -> frozenset[Any]:
     """The symbols a size depends on."""
     return frozenset() if isinstance(size, int) else frozenset(size.node.expr.free_symbols)
+
+
+def compiled_call(module: torch.nn.Module) -> object:
+    """What `Module.compile` put in place of the module's call; None where it was not called."""
+    return module._compiled_call_impl
+
+
+def undo_compile_in_place(module: torch.nn.Module) -> None:
+    """Make a module run as it did before `Module.compile`."""
+    module._compiled_call_impl = None

@@ -103,13 +103,22 @@ def find_on_stack() -> bool:
             scheduler, known = getattr(owner, "scheduler", None), clock_of(owner)
             if scheduler is None or not denoisers(owner) or (known is not None and _drives(known, scheduler)):
                 return False
-            attach_pipeline(owner)
-            log.info("attached %s, found on the call stack", type(owner).__name__)
-            return True
+            return _attach_found(owner)
         if frame.f_back is None:
             return False
         frame = frame.f_back
     return False
+
+
+def _attach_found(pipe: DiffusionPipeline) -> bool:
+    """Attach a pipeline that nobody asked to attach: what stands in the way is a log line, not an error."""
+    try:
+        attach_pipeline(pipe)
+    except SparseAttentionError as error:
+        log.warning("%s is not attached: %s", type(pipe).__name__, error)
+        return False
+    log.info("attached %s, found on the call stack", type(pipe).__name__)
+    return True
 
 
 class PipelineDriver:
@@ -154,7 +163,14 @@ class PipelineDriver:
             self._started(scheduler)
 
     def _pipe_died(self, _: object) -> None:
-        REGISTRY.detach(self._clock)
+        """Leave the clock to the other pipelines of the same transformer, or stop it."""
+        drivers = [source for source in REGISTRY.sources(self._clock) if isinstance(source, PipelineDriver)]
+        if all(driver._pipe() is None for driver in drivers):
+            REGISTRY.detach(self._clock)
+            return
+        for hook in self._scheduler_hooks:
+            hook.remove()
+        self._scheduler_hooks.clear()
 
     def _started(self, scheduler: Any) -> None:
         first = getattr(scheduler, "step_index", None)

@@ -258,8 +258,7 @@ def _outside_the_kernels(site: Site) -> Iterator[Reason]:
     if not _four_dimensional(site):
         yield Reason.RANK
     tensors = [value_of(node) for node in (site.query, site.key, site.value)]
-    dtypes = {tensor.dtype for tensor in tensors}
-    if len(dtypes) > 1 or not dtypes <= DTYPES:
+    if site.dtype not in DTYPES or not all(tensor.dtype.is_floating_point for tensor in tensors):
         yield Reason.DTYPE
     head_dims = {site.query_sizes[-1], site.key_sizes[-1], site.value_sizes[-1]}
     if len(head_dims) > 1 or not all(d <= MAX_HEAD_DIM and d % HEAD_DIM_STEP == 0 for d in head_dims):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -130,20 +131,20 @@ class SiteBuilder:
     kernel: str
     _valid: fx.Node | None = field(default=None, init=False)
 
-    @property
+    @functools.cached_property
     def query(self) -> fx.Node:
         """The node of the query, [B, H, Sq, D]."""
-        return self.site.query
+        return self._in_site_dtype(self.site.query)
 
-    @property
+    @functools.cached_property
     def key(self) -> fx.Node:
         """The node of the key, [B, Hkv, Sk, D]."""
-        return self.site.key
+        return self._in_site_dtype(self.site.key)
 
-    @property
+    @functools.cached_property
     def value(self) -> fx.Node:
         """The node of the value, [B, Hkv, Sk, Dv]."""
-        return self.site.value
+        return self._in_site_dtype(self.site.value)
 
     @property
     def scale(self) -> float:
@@ -209,6 +210,12 @@ class SiteBuilder:
     def item(self, result: fx.Node, index: int) -> fx.Node:
         """Take one of several outputs."""
         return self._with_meta(self.graph.call_function(operator.getitem, (result, index)))
+
+    def _in_site_dtype(self, operand: fx.Node) -> fx.Node:
+        """What autocast does to the operands of SDPA and would not do to those of our ops."""
+        if operand.meta["example_value"].dtype == self.site.dtype:
+            return operand
+        return self._with_meta(self.graph.call_method("to", (operand, self.site.dtype)))
 
     def _with_meta(self, node: fx.Node) -> fx.Node:
         old = self.site.node.meta

@@ -37,6 +37,8 @@ class Claim:
         """Grows whenever a layer makes new state tensors, so that gathered lists of them can be checked."""
         self.mismatches = 0
         """Calls whose graph was not the one of the layers' phase (a guard_filter_fn dropped the guard)."""
+        self.repeated_calls = 0
+        """Calls of a named branch that came again within a step, and so had to attend to everything."""
         self.planners: set[Planner] = set()
         """Planners under which a graph of this model ran in this generation."""
         self.sparse_calls = 0
@@ -67,9 +69,13 @@ class Claim:
 
     def phase_of_new_layer(self, planner: Planner, ahead: int) -> Phase:
         """The phase of a layer never called, with ``ahead`` other new ones before it."""
+        return Phase.DENSE if self.keeps_new_layer_dense(planner, ahead) else self.clock.phase(planner, None)
+
+    def keeps_new_layer_dense(self, planner: Planner, ahead: int) -> bool:
+        """Whether ``dense_layers`` will keep such a layer dense."""
         free = self._next_places(planner)
         index = free[ahead] if ahead < len(free) else free[-1] + 1 + ahead - len(free)
-        return Phase.DENSE if self._keeps_dense(index, planner) else self.clock.phase(planner, None)
+        return self._keeps_dense(index, planner)
 
     def restart(self) -> None:
         """A generation starts: layers are counted anew, so that each generation decides as the first one did."""

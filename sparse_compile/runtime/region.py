@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,7 @@ from sparse_compile.call_log import log_spec
 from sparse_compile.errors import SparseAttentionError
 from sparse_compile.phases import Phase
 from sparse_compile.plan import TensorSpec
-from sparse_compile.runtime.clock import Claim, one_at_a_time
+from sparse_compile.runtime.clock import Claim, Clock, one_at_a_time
 from sparse_compile.runtime.registry import Registry
 from sparse_compile.runtime.report import SiteRecord
 from sparse_compile.runtime.state import MOST_UNNAMED_CALLS, Branch, Call, Gathered, LayerGroup, allocate
@@ -69,11 +70,13 @@ class Region:
         self._phase = phase
         self._planner = planner
         self._registry = registry
-        self._owners = tuple(owners)
+        # An itemgetter of one position would give the item alone.
+        self._take_owners = operator.itemgetter(*owners, owners[0])
         self._slots = tuple(slots)
         self._symbols = dict(symbols)
         self._records = tuple(records)
         self._sparse_owners = tuple(dict.fromkeys(slot.owner for slot in slots))
+        self._needs_search = Phase.SEARCH in planner.strategy.phases and bool(slots)
         self._logged = any(slot.logged for slot in slots)
         self._dense_owners = tuple(owner for owner in range(len(owners)) if owner not in self._sparse_owners)
         self._resolved: dict[tuple[int, ...], list[list[TensorSpec]]] = {}
@@ -82,9 +85,9 @@ class Region:
         """Run the graph on Dynamo's arguments."""
         group = self._group(args)
         known = group.layers[0].claim
-        if known is not None and known.clock.over:  # another pipeline may have taken the model over
-            self._registry.find_clock()
-        claim = known or self._seek_clock(group)
+        if known is not None and known.clock.over and self._registry.find_clock():
+            known = None  # another pipeline has taken the model over
+        claim = known or group.layers[0].claim or self._seek_clock(group)
         if claim is None:
             return self._compiled(*args, *self._empty_state(args))
         if not claim.clock.running.acquire(blocking=False):
@@ -94,6 +97,9 @@ class Region:
                 self._check_phase(group, claim)
             branch = group.layers[0].branch()
             gathered, fresh = self._gather(group, claim, branch, args)
+            if self._repeats(gathered, claim.clock):
+                claim.repeated_calls += 1
+                return self._compiled(*args, *self._empty_state(args))
             out = self._compiled(*args, *gathered.tensors)
         except BaseException:
             self._recount_rows(group)
@@ -106,15 +112,19 @@ class Region:
     # ------------------------------------------------------------------ layers
 
     def _group(self, args: Sequence[Any]) -> LayerGroup:
-        parameters = [*map(args.__getitem__, self._owners)]
+        parameters = self._take_owners(args)[:-1]
         lead = self._registry.layer(parameters[0], self._planner)
         group = lead.groups.get(self)
         if group is None or not group.holds(parameters):
             layers = tuple(self._registry.layer(parameter, self._planner) for parameter in parameters)
             group = lead.groups[self] = LayerGroup(parameters, layers)
-            for position, record in self._records:
-                self._registry.record_site(args[position], record)
+            self._record_sites(args)
         return group
+
+    def _record_sites(self, args: Sequence[Any]) -> None:
+        """Let the report show what runs, where another graph of the same layers was compiled since."""
+        for position, record in self._records:
+            self._registry.record_site(args[position], record)
 
     def _seek_clock(self, group: LayerGroup) -> Claim | None:
         """A pipeline on the call stack, else nobody tells the time: dense, and one warning."""
@@ -134,27 +144,39 @@ class Region:
         if speaker.phase is not self._phase:
             claim.mismatches += 1
 
+    def _repeats(self, gathered: Gathered, clock: Clock) -> bool:
+        """Whether this branch of the layers was called before in this step: two calls that cannot be told apart.
+
+        The first has the state; another one attends to everything.
+        """
+        now = (clock.generation, clock.moment.step)
+        return clock.branch_name is not None and bool(gathered.states) and gathered.states[0].called == now
+
     def _returned(self, group: LayerGroup, claim: Claim, branch: Branch, gathered: Gathered, fresh: bool) -> None:
         """Tell the layers. This runs once a call for all of them, so it makes as few objects as it can."""
         clock = claim.clock
         step = clock.moment.step
         searched = self._phase in (Phase.SEARCH, Phase.REFINE)
-        # A sparse call that had to make its state attended to everything; the next call searches.
-        lost = fresh and not searched
+        # A sparse call without a search before it attended to everything; the next call searches.
+        unsearched = fresh or None in [state.searched for state in gathered.states]
+        lost = unsearched and self._needs_search and not searched
         claim.planners.add(self._planner)
         if self._phase is not Phase.DENSE:
             claim.sparse_calls += 1
+        if gathered.states:
+            gathered.states[0].called = (clock.generation, step)
         call = Call(clock.generation, step, branch, Phase.DENSE, None)
         for layer in map(group.layers.__getitem__, self._dense_owners):
             layer.history.append(call)
         call = call._replace(phase=self._phase)
-        for layer, state in zip(map(group.layers.__getitem__, self._sparse_owners), gathered.states, strict=True):
+        for note, state in zip(gathered.notes, gathered.states, strict=True):
             if self._logged:
                 if call.row != state.rows:
                     call = call._replace(row=state.rows)
                 state.rows += 1
-            layer.history.append(call)
-            if searched or lost:
+            note(call)
+        if searched or lost:
+            for state in gathered.states:
                 state.searched = step if searched else None
         unnamed = clock.branch_name is None
         if group.layers[0].calls == MOST_UNNAMED_CALLS - 1 and unnamed:
@@ -182,6 +204,7 @@ class Region:
         known = group.gathered.get(branch)
         if known is not None and not self._symbols and known[:2] == (generation, claim.allocations):
             return known, False
+        self._record_sites(args)
         states = tuple(group.layers[owner].state(branch, generation) for owner in self._sparse_owners)
         of_owner = dict(zip(self._sparse_owners, states, strict=True))
         tensors, fresh = [], False
@@ -189,7 +212,11 @@ class Region:
             found, new = group.layers[slot.owner].tensors(of_owner[slot.owner], slot.ordinal, specs, slot.device)
             tensors += found
             fresh = fresh or new
-        gathered = group.gathered[branch] = Gathered(generation, claim.allocations, tensors, states)
+        if fresh:  # tensors of another size were replaced: no other graph of these layers may hold on to them
+            for other in group.layers[0].groups.values():
+                other.gathered.clear()
+        notes = tuple(group.layers[owner].history.append for owner in self._sparse_owners)
+        gathered = group.gathered[branch] = Gathered(generation, claim.allocations, tensors, states, notes)
         return gathered, fresh
 
     def _specs(self, args: Sequence[Any]) -> list[list[TensorSpec]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import sys
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -23,10 +24,12 @@ from sparse_compile.errors import SparseAttentionError
 from sparse_compile.phases import Phase
 from sparse_compile.runtime.clock import Claim, Clock
 from sparse_compile.runtime.report import GraphRecord, SiteRecord
-from sparse_compile.runtime.state import Layer
+from sparse_compile.runtime.state import Layer, LayerGroup
 from sparse_compile.strategies.base import Planner, Strategy
 
 log = logging.getLogger(__name__)
+
+UNOWNED = 256
 
 
 class Source(Protocol):
@@ -59,9 +62,11 @@ class Registry:
         self._planners: dict[Config, Planner] = {}
         self._sources: WeakKeyDictionary[Clock, WeakSet[Source]] = WeakKeyDictionary()
         self._finders: dict[str, str] = {}
+        self.enabled: WeakSet[nn.Module] = WeakSet()
+        """Modules that `enable` compiled in place, for `disable` to undo."""
         self._warned_no_clock = False
-        self.unowned: list[GraphRecord] = []
-        """Graphs without any Parameter; shown in every report."""
+        self.unowned: deque[GraphRecord] = deque(maxlen=UNOWNED)
+        """The newest graphs without any Parameter, which belong to no model; every report shows them apart."""
 
     # ------------------------------------------------------------------ planners and layers
 
@@ -87,6 +92,35 @@ class Registry:
         """The layers of a Parameter, one per Planner."""
         return list(self._layers.get(parameter, {}).values())
 
+    def runs(
+        self,
+        parameters: Iterable[object],
+        count: int,
+        planner: Planner,
+        phase: Phase,
+        kept_dense: tuple[bool, ...],
+    ) -> bool:
+        """Whether a graph written for this phase and these layers kept dense is the one to run. A guard asks.
+
+        Args:
+            parameters: the owners of the graph's layers; only the first is looked at where the layers are known.
+            count: how many there are.
+            planner: whose layers.
+            phase: what the graph was written for.
+            kept_dense: which of its layers it leaves dense; in the dense phase they all are.
+        """
+        remaining = iter(parameters)
+        first = next(remaining)
+        group = self._group_of(first, planner, count)
+        if group is not None:
+            pattern = group.kept_dense()
+            awake = pattern.index(False) if False in pattern else 0
+            return group.layers[awake].phase is phase and (phase is Phase.DENSE or pattern == kept_dense)
+        known = [first, *remaining]
+        if self.phase_of(known, planner) is not phase:
+            return False
+        return phase is Phase.DENSE or self.kept_dense(known, planner) == kept_dense
+
     def phase_of(self, parameters: Iterable[object], planner: Planner) -> Phase:
         """The phase of a graph with these owners: that of the first layer which is not kept dense."""
         new = 0
@@ -103,12 +137,25 @@ class Registry:
                     return phase
         return Phase.DENSE
 
-    def kept_dense(self, parameter: object, planner: Planner) -> bool:
-        """Whether ``dense_layers`` keeps the layer of this Parameter dense.
+    def kept_dense(self, parameters: Iterable[object], planner: Planner) -> tuple[bool, ...]:
+        """Which of a graph's layers ``dense_layers`` keeps dense, in the order of their calls."""
+        new, kept = 0, []
+        for parameter in parameters:
+            layers = self._layers.get(parameter)
+            layer: Layer | None = layers.get(planner) if layers is not None else None
+            claim: Claim | None = self._claims.get(parameter)
+            if layer is not None or claim is None:
+                kept.append(layer is not None and layer.kept_dense)
+            else:
+                kept.append(claim.keeps_new_layer_dense(planner, new))
+                new += 1
+        return tuple(kept)
 
-        A layer that was never called takes its place among the others now: ask in the order of the calls.
-        """
-        return self.layer(parameter, planner).kept_dense
+    def _group_of(self, first: object, planner: Planner, size: int) -> LayerGroup | None:
+        layers = self._layers.get(first)
+        lead: Layer | None = layers.get(planner) if layers is not None else None
+        groups = lead.groups.values() if lead is not None and lead.claim is not None else ()
+        return next((group for group in groups if len(group.layers) == size), None)
 
     # ------------------------------------------------------------------ clocks
 
@@ -149,13 +196,12 @@ class Registry:
         return None
 
     def release(self, clock: Clock) -> None:
-        """Let all models of a clock go: they run dense until another clock claims them."""
+        """Let all models of a clock go: they run dense until another clock claims them, and keep no state."""
         with self._lock:
             for parameter in [p for p, claim in self._claims.items() if claim.clock is clock]:
                 del self._claims[parameter]
                 for layer in self.layers_of(parameter):
-                    layer.claim = None
-                    layer.refresh()
+                    layer.let_go()
             clock.let_go()
 
     def attach(self, clock: Clock, source: Source) -> None:

@@ -7,7 +7,7 @@ here, when somebody asks, which is the only time the host reads the device.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -60,8 +60,8 @@ class SiteRecord:
             by_design=True if reason is None else reason.by_design,
             mask=str(site.mask_form),
             grid=() if site.layout is None else site.layout.grid,
-            query_tokens=site.query_sizes[-2],
-            key_tokens=site.key_sizes[-2],
+            query_tokens=site.query_sizes[-2] if len(site.query_sizes) > 1 else 0,
+            key_tokens=site.key_sizes[-2] if len(site.key_sizes) > 1 else 0,
             heads=heads,
             head_dim=head_dim,
             kernel=kernel if decision.sparse else None,
@@ -107,6 +107,8 @@ class Report:
 
     sites: list[SiteRecord] = field(default_factory=list)
     compilations: int = 0
+    other_compilations: int = 0
+    """Graphs of this process without any Parameter: pieces around a graph break, of this model or another."""
     generations: list[GenerationReport] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
@@ -125,6 +127,7 @@ class Report:
         return {
             "sites": [asdict(site) for site in self.sites],
             "compilations": self.compilations,
+            "other_compilations": self.other_compilations,
             "density": self.density,
             "density_run": self.density_run,
             "generations": [asdict(generation) for generation in self.generations],
@@ -137,6 +140,8 @@ class Report:
         lines = _table(header, rows) if rows else ["no attention was compiled yet"]
         sparse = sum(site.decision == "sparse" for site in self.sites)
         lines += ["", f"{sparse} of {len(self.sites)} sites sparse, {self.compilations} compilations"]
+        if self.other_compilations:
+            lines.append(f"{self.other_compilations} more of graphs without Parameters, of this model or another")
         for number, generation in enumerate(self.generations, 1):
             lines += ["", f"generation {number}: {_summary(generation)}"]
             lines += _table(("steps", "branch", "phase", "density", "kept mass"), _runs(generation.steps))
@@ -164,14 +169,22 @@ def build_report(models: Mapping[str, nn.Module], registry: Registry) -> Report:
             report.sites += [site for graph in records.graphs for site in graph.sites]
         for parameter in names:
             layers += registry.layers_of(parameter)
-    unowned = registry.unowned
-    report.sites += [site for graph in unowned for site in graph.sites]
+    unowned = list(registry.unowned)
+    report.other_compilations = len(unowned)
+    report.sites += [
+        replace(site, layer=f"{site.layer} (in a graph without Parameters)")
+        for graph in unowned
+        for site in graph.sites
+    ]
     report.warnings += [graph.warning for graph in unowned if graph.warning]
     report.sites = list(dict.fromkeys(report.sites))
-    mismatches = {layer.claim: layer.claim.mismatches for layer in layers if layer.claim is not None}
-    if any(mismatches.values()):
+    claims = dict.fromkeys(layer.claim for layer in layers if layer.claim is not None)
+    if mismatches := sum(claim.mismatches for claim in claims):
+        report.warnings.append(f"{mismatches} calls ran a graph of another phase; is a guard filter in use?")
+    if repeated := sum(claim.repeated_calls for claim in claims):
         report.warnings.append(
-            f"{sum(mismatches.values())} calls ran a graph of another phase; is a guard filter in use?"
+            f"{repeated} calls came again in the same step and branch and attended to everything: give them a branch"
+            " name of their own, or move the clock"
         )
     report.generations = _generations(layers)
     return report
@@ -216,12 +229,12 @@ def _rows_of(call: Call, logs: list[tuple[int, list[CallRow]]]) -> list[CallRow]
 
 def _step(step: int, branch: str, made: list[tuple[Call, CallRow | None]]) -> StepReport:
     rows = [row for _, row in made if row is not None]
-    phases = [call.phase for call, _ in made if call.phase is not Phase.DENSE]
+    phases = [str(call.phase) for call, _ in made if call.phase is not Phase.DENSE]
     masses = [row.kept_mass for row in rows if row.kept_mass is not None]
     return StepReport(
         step=step,
         branch=branch,
-        phase=str(phases[0] if phases else Phase.DENSE),
+        phase="+".join(dict.fromkeys(phases)) or str(Phase.DENSE),
         density=_mean([row.density for row in rows] or [1.0]),
         kept_mass=_mean(masses) if masses else None,
         non_finite=sum(row.non_finite for row in rows),

@@ -6,7 +6,7 @@ import itertools
 import threading
 import weakref
 from collections import deque
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -45,7 +45,7 @@ class Call(NamedTuple):
     """Its row in the branch's call log; None for a call that wrote none."""
 
 
-@dataclass
+@dataclass(slots=True)
 class BranchState:
     """What one layer keeps for one branch. Tensors stay at their address from generation to generation."""
 
@@ -57,6 +57,8 @@ class BranchState:
     logs: dict[int, Tensor] = field(default_factory=dict)
     rows: int = 0
     """Rows written to each log so far."""
+    called: tuple[int, int] | None = None
+    """Generation and step of the last call."""
 
 
 class Layer:
@@ -96,6 +98,15 @@ class Layer:
             self.phase = Phase.DENSE
         else:
             self.phase = self.claim.clock.phase(self.planner, self.searched())
+
+    def let_go(self) -> None:
+        """Nobody tells the time any more: dense, and state is given back. The logs stay, for the report."""
+        self.claim = None
+        for state in self.branches.values():
+            state.tensors.clear()
+        for group in self.groups.values():
+            group.gathered.clear()
+        self.refresh()
 
     def state(self, branch: Branch, generation: int) -> BranchState:
         """The branch's state in this generation; what an earlier generation left is zeroed in place."""
@@ -152,6 +163,8 @@ class Gathered(NamedTuple):
     tensors: list[Tensor]
     states: tuple[BranchState, ...]
     """Of the layers that run sparsely, in the Region's order."""
+    notes: tuple[Callable[[Call], None], ...]
+    """Appends to the histories of the same layers."""
 
 
 class LayerGroup:
@@ -167,6 +180,10 @@ class LayerGroup:
         self.gathered: dict[Branch, Gathered] = {}
         self._ids = [*map(id, owners)]
         self._owners = [weakref.ref(owner, self._owner_died) for owner in owners]
+
+    def kept_dense(self) -> tuple[bool, ...]:
+        """Which of the layers ``dense_layers`` keeps dense."""
+        return tuple([layer.kept_dense for layer in self.layers])
 
     def holds(self, parameters: Sequence[object]) -> bool:
         """Whether it was made for exactly these Parameter objects: ids tell, as long as all owners live."""

@@ -10,7 +10,7 @@ from sparse_compile.cli.main import main
 def test_a_sound_installation_has_no_problem(capsys):
     assert main(["doctor"]) == 0
     printed = capsys.readouterr().out
-    for subject in ("python", "torch", "triton", "diffusers", "cpu", "backend", "recompile_limit"):
+    for subject in ("python", "torch", "triton", "diffusers", "cpu", "backend"):
         assert f"ok     {subject} " in printed
     assert str(torch.__version__) in printed
 
@@ -47,11 +47,6 @@ def test_a_missing_backend_says_how_to_install_it(monkeypatch):
 
 def test_the_backend_loads():
     assert not doctor.check_backend().problem
-
-
-def test_a_low_recompile_limit_is_a_problem():
-    with torch._dynamo.config.patch(recompile_limit=2):
-        assert "recompile_limit" in doctor.check_recompile_limit().problem
 
 
 def test_a_missing_compiler_is_a_problem(monkeypatch):

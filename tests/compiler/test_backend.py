@@ -265,3 +265,22 @@ def test_reset_of_dynamo_empties_the_registry() -> None:
     torch.compiler.reset()
     assert sparse_compile.explain(model).compilations == 0
     assert not REGISTRY.unowned
+
+
+def test_an_export_is_the_model_as_it_was() -> None:
+    """torch.export asks no backend; README says so."""
+    exported = torch.export.export(compiled(Stack(1)), (tokens(),))
+    assert "scaled_dot_product_attention" in str(exported.graph)
+    assert "sparse_compile" not in str(exported.graph)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["dense", "svg2"])
+def test_dense_phases_of_a_diffusers_model_are_bitwise_what_inductor_gives(method: str) -> None:
+    model, kwargs = BUILDERS["wan_t2v"]()
+    options = {"method": method, "min_tokens": 64, "dense_steps": 1}
+    with torch.no_grad(), sparse_compile.denoising(model, steps=2):
+        ours = torch.compile(model, backend="sparse_attn", options=options)(**kwargs, return_dict=False)[0]
+        torch.compiler.reset()
+        plain = torch.compile(model, backend="inductor")(**kwargs, return_dict=False)[0]
+    assert torch.equal(ours, plain)

@@ -28,7 +28,7 @@ class FakeOwner:
 
 def checked(registry: Registry, planner: Any, phase: Phase, *sources: str) -> Any:
     owners: list[Any] = [FakeOwner(source) for source in sources]
-    return guards.phase_check(owners, phase, planner, registry)
+    return guards.phase_check(owners, phase, (False,) * len(owners), planner, registry)
 
 
 def test_it_follows_the_layers_phase_and_changes_nothing() -> None:
@@ -49,8 +49,12 @@ def test_the_first_layer_that_is_not_kept_dense_speaks() -> None:
     model = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])
     registry.claim(model, clock)
     clock.start(4)
-    search = checked(registry, planner, Phase.SEARCH, "L['self'][0].weight", "L['self'][1].weight")
+    sources = ("L['self'][0].weight", "L['self'][1].weight")
+    owners: list[Any] = [FakeOwner(source) for source in sources]
+    search = guards.phase_check(owners, Phase.SEARCH, (True, False), planner, registry)
     assert search({"self": model}, {})
+    other_layers = guards.phase_check(owners, Phase.SEARCH, (False, False), planner, registry)
+    assert not other_layers({"self": model}, {})
     first_only = checked(registry, planner, Phase.DENSE, "L['self'][0].weight")
     assert first_only({"self": model}, {})
 

@@ -222,3 +222,49 @@ def test_a_new_pipeline_around_an_old_transformer_tells_its_time() -> None:
     other.set_progress_bar_config(disable=True)
     assert torch.equal(run(other), want)
     assert [phase for _, _, phase in steps_of(other)] == [phase for _, _, phase in expected(*FOUR)]
+
+
+def test_the_death_of_one_pipeline_changes_nothing_for_another_with_its_transformer() -> None:
+    one = wan_pipeline()
+    sparse_compile.attach(one)
+    compile_whole(one.transformer, top_p=0.5)
+    other = WanPipeline(None, None, None, FlowMatchEulerDiscreteScheduler(), one.transformer)
+    other.set_progress_bar_config(disable=True)
+    sparse_compile.attach(other)
+    want = run(other)
+    doomed = [one]
+    del one
+
+    def let_go(pipe: WanPipeline, step: int, *_: Any) -> dict[str, Any]:
+        if step == 2:
+            doomed.clear()
+            gc.collect()
+        return {}
+
+    assert torch.equal(run(other, callback_on_step_end=let_go), want)
+    assert [phase for _, _, phase in steps_of(other)] == [phase for _, _, phase in expected(*FOUR)]
+    clock = sparse_compile.attach(other)
+    del other
+    gc.collect()
+    assert clock.over or clock.moment.step == clock.steps
+
+
+def test_a_pipeline_that_cannot_be_attached_runs_dense_with_a_line_in_the_log(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    pipe = wan_pipeline()
+    want = run(pipe)
+    compile_whole(pipe.transformer)
+    with sparse_compile.denoising(pipe.transformer, steps=1) as clock, caplog.at_level("WARNING"):
+        clock.step()
+        torch.testing.assert_close(run(pipe), want, rtol=1e-4, atol=1e-4)
+    assert any("driven by one clock" in record.getMessage() for record in caplog.records)
+
+
+def test_disable_leaves_what_others_have_compiled() -> None:
+    pipe = wan_pipeline()
+    pipe.transformer.blocks[0].compile(backend="eager")
+    mine = pipe.transformer.blocks[0]._compiled_call_impl
+    sparse_compile.attach(pipe)
+    sparse_compile.disable(pipe)
+    assert pipe.transformer.blocks[0]._compiled_call_impl is mine

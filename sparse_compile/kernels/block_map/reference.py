@@ -102,18 +102,16 @@ def select(
     Returns: bool [Cq, Ck]. The cluster at which the mass first exceeds top_p is kept. Ties: lower j first.
     """
     occupied = (sizes > 0).expand_as(mass)
+    if (top_p if density is None else density) >= 1:
+        return occupied
     order = torch.where(occupied, rank, -math.inf).argsort(dim=-1, descending=True, stable=True)
     place = torch.arange(mass.shape[1], device=mass.device)
     if density is None:
         ranked = shares(mass).gather(-1, order)
         taken = (_exclusive_sum(ranked) <= top_p) | (place < minimum)
-        everything = top_p >= 1
     else:
         ranked = sizes.to(mass.dtype).expand_as(mass).gather(-1, order)
         taken = (_exclusive_sum(ranked) + ranked / 2 < density * sizes.sum()) | (place == 0)
-        everything = density >= 1
-    if everything:
-        return occupied
     return torch.zeros_like(taken).scatter(-1, order, taken) & occupied
 
 
