@@ -15,7 +15,7 @@ from sparse_compile.compiler import torch_internals
 from sparse_compile.compiler.guards import add_phase_guard
 from sparse_compile.compiler.lowering import lower
 from sparse_compile.config import Config
-from sparse_compile.errors import StrictModeError
+from sparse_compile.errors import SparseAttentionError, StrictModeError
 from sparse_compile.passes.classify_sites import classify_sites
 from sparse_compile.passes.insert_sparse_attention import StateInput, insert_sparse_attention
 from sparse_compile.passes.match_attention import match_attention
@@ -75,8 +75,12 @@ def find_sites(
     graph_inputs: Mapping[fx.Node, GraphInput],
     planner: Planner,
 ) -> list[Site]:
-    """Match and classify every attention of a graph."""
-    sites = match_attention(graph_module, graph_inputs)
+    """Match and classify every attention of a graph. Whatever the graph holds, the user's model must still compile."""
+    try:
+        sites = match_attention(graph_module, graph_inputs)
+    except Exception:
+        log.exception("reading a graph failed; all of its attention stays dense")
+        return []
     whole_graph = _reason_for_all(inputs)
     if whole_graph is not None:
         return [site.decided(whole_graph) for site in sites]
@@ -123,11 +127,20 @@ def rewrite(
 
 
 def choose_kernel(config: Config, inputs: Iterable[Any]) -> str:
-    """The implementation for the device of a graph's tensors: asked for, or the best there is."""
-    if config.kernel != "auto":
-        return config.kernel
+    """The implementation for the device of a graph's tensors: asked for, or the best there is.
+
+    Raises:
+        SparseAttentionError: ``kernel="cpu"`` for tensors elsewhere.
+    """
     devices = {value.device.type for value in inputs if isinstance(value, torch.Tensor)}
-    return "cpu" if devices <= {"cpu"} else "reference"
+    on_cpu = devices <= {"cpu"}
+    if config.kernel == "cpu" and not on_cpu:
+        raise SparseAttentionError(
+            "kernel='cpu' needs tensors on the CPU", ", ".join(sorted(devices)), "Use kernel='auto'."
+        )
+    if config.kernel == "auto":
+        return "cpu" if on_cpu else "reference"
+    return config.kernel
 
 
 def check_strict(sites: Iterable[Site], config: Config) -> None:

@@ -33,8 +33,10 @@ class Claim:
     def __init__(self, clock: Clock, model: nn.Module) -> None:
         self.clock = clock
         self.model = weakref.ref(model)
-        self.allocations = 0
-        """Grows whenever a layer makes new state tensors, so that gathered lists of them can be checked."""
+        self.changes = 0
+        """Grows whenever a layer makes new state tensors or has searched, so that what was gathered can be checked."""
+        self.moves = 0
+        """Grows whenever the clock moves or a layer is added, which may change what is kept dense."""
         self.mismatches = 0
         """Calls whose graph was not the one of the layers' phase (a guard_filter_fn dropped the guard)."""
         self.repeated_calls = 0
@@ -55,6 +57,7 @@ class Claim:
         layer.calls = 0
         layer.kept_dense = self._keeps_dense(layer.index, layer.planner)
         layer.refresh()
+        self.moves += 1
 
     def layers(self) -> Iterator[Layer]:
         """The living layers, in the order of their first calls."""
@@ -110,6 +113,7 @@ class Claim:
     def _move(self, count: bool) -> None:
         if count:
             self._counts = {planner: len(known) for planner, known in self._layers.items()}
+        self.moves += 1
         for layer in self.layers():
             layer.calls = 0
             layer.kept_dense = self._keeps_dense(layer.index, layer.planner)

@@ -96,7 +96,7 @@ class Region:
             if known is not None:  # a clock found just now came after the guard
                 self._check_phase(group, claim)
             branch = group.layers[0].branch()
-            gathered, fresh = self._gather(group, claim, branch, args)
+            gathered = self._gather(group, claim, branch, args)
             if self._repeats(gathered, claim.clock):
                 claim.repeated_calls += 1
                 return self._compiled(*args, *self._empty_state(args))
@@ -106,7 +106,7 @@ class Region:
             raise
         finally:
             claim.clock.running.release()
-        self._returned(group, claim, branch, gathered, fresh)
+        self._returned(group, claim, branch, gathered)
         return out
 
     # ------------------------------------------------------------------ layers
@@ -152,14 +152,13 @@ class Region:
         now = (clock.generation, clock.moment.step)
         return clock.branch_name is not None and bool(gathered.states) and gathered.states[0].called == now
 
-    def _returned(self, group: LayerGroup, claim: Claim, branch: Branch, gathered: Gathered, fresh: bool) -> None:
+    def _returned(self, group: LayerGroup, claim: Claim, branch: Branch, gathered: Gathered) -> None:
         """Tell the layers. This runs once a call for all of them, so it makes as few objects as it can."""
         clock = claim.clock
         step = clock.moment.step
         searched = self._phase in (Phase.SEARCH, Phase.REFINE)
         # A sparse call without a search before it attended to everything; the next call searches.
-        unsearched = fresh or None in [state.searched for state in gathered.states]
-        lost = unsearched and self._needs_search and not searched
+        lost = not (searched or gathered.searched) and self._needs_search
         claim.planners.add(self._planner)
         if self._phase is not Phase.DENSE:
             claim.sparse_calls += 1
@@ -176,6 +175,7 @@ class Region:
                 state.rows += 1
             note(call)
         if searched or lost:
+            claim.changes += 1
             for state in gathered.states:
                 state.searched = step if searched else None
         unnamed = clock.branch_name is None
@@ -198,12 +198,12 @@ class Region:
 
     # ------------------------------------------------------------------ state
 
-    def _gather(self, group: LayerGroup, claim: Claim, branch: Branch, args: Sequence[Any]) -> tuple[Gathered, bool]:
-        """The state inputs of the graph, and whether any had to be made."""
+    def _gather(self, group: LayerGroup, claim: Claim, branch: Branch, args: Sequence[Any]) -> Gathered:
+        """The state inputs of the graph, found or made."""
         generation = claim.clock.generation
         known = group.gathered.get(branch)
-        if known is not None and not self._symbols and known[:2] == (generation, claim.allocations):
-            return known, False
+        if known is not None and not self._symbols and known[:2] == (generation, claim.changes):
+            return known
         self._record_sites(args)
         states = tuple(group.layers[owner].state(branch, generation) for owner in self._sparse_owners)
         of_owner = dict(zip(self._sparse_owners, states, strict=True))
@@ -216,8 +216,10 @@ class Region:
             for other in group.layers[0].groups.values():
                 other.gathered.clear()
         notes = tuple(group.layers[owner].history.append for owner in self._sparse_owners)
-        gathered = group.gathered[branch] = Gathered(generation, claim.allocations, tensors, states, notes)
-        return gathered, fresh
+        searched = not fresh and all(state.searched is not None for state in states)
+        gathered = Gathered(generation, claim.changes, tensors, states, notes, searched)
+        group.gathered[branch] = gathered
+        return gathered
 
     def _specs(self, args: Sequence[Any]) -> list[list[TensorSpec]]:
         values = tuple(args[position] for position in self._symbols)

@@ -22,6 +22,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from sparse_compile.config import Config
 from sparse_compile.errors import SparseAttentionError
 from sparse_compile.phases import Phase
+from sparse_compile.runtime.by_parameter import ByParameter
 from sparse_compile.runtime.clock import Claim, Clock
 from sparse_compile.runtime.report import GraphRecord, SiteRecord
 from sparse_compile.runtime.state import Layer, LayerGroup
@@ -56,7 +57,7 @@ class Registry:
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
-        self._layers = WeakIdKeyDictionary()
+        self._layers: ByParameter[dict[Planner, Layer]] = ByParameter()
         self._claims = WeakIdKeyDictionary()
         self._records = WeakIdKeyDictionary()
         self._planners: dict[Config, Planner] = {}
@@ -78,7 +79,7 @@ class Registry:
     def layer(self, parameter: object, planner: Planner) -> Layer:
         """The layer that this Parameter names; made, and given to its model's clock, at the first call."""
         layers = self._layers.get(parameter)
-        layer: Layer | None = layers.get(planner) if layers is not None else None
+        layer = layers.get(planner) if layers is not None else None
         if layer is not None and layer.claim is not None:
             return layer
         with self._lock:
@@ -90,7 +91,7 @@ class Registry:
 
     def layers_of(self, parameter: object) -> list[Layer]:
         """The layers of a Parameter, one per Planner."""
-        return list(self._layers.get(parameter, {}).values())
+        return list((self._layers.get(parameter) or {}).values())
 
     def runs(
         self,

@@ -138,7 +138,7 @@ class Layer:
         if log is None or not stays:
             log = state.logs[ordinal] = allocate(log_spec(device)) if log is None else moved(log, device)
         if self.claim is not None and (fresh or not stays):
-            self.claim.allocations += 1
+            self.claim.changes += 1
         return [*found, log], fresh
 
 
@@ -158,13 +158,15 @@ class Gathered(NamedTuple):
     """The state inputs of a graph for one branch, and for what they hold."""
 
     generation: int
-    allocations: int
-    """The claim's count when they were gathered: it grows whenever any layer makes new tensors."""
+    changes: int
+    """The claim's count when they were gathered: it grows whenever a layer makes new tensors or has searched."""
     tensors: list[Tensor]
     states: tuple[BranchState, ...]
     """Of the layers that run sparsely, in the Region's order."""
     notes: tuple[Callable[[Call], None], ...]
     """Appends to the histories of the same layers."""
+    searched: bool
+    """Whether a search has filled all of these states."""
 
 
 class LayerGroup:
@@ -178,12 +180,18 @@ class LayerGroup:
     def __init__(self, owners: Sequence[torch.nn.Parameter], layers: Sequence[Layer]) -> None:
         self.layers = tuple(layers)
         self.gathered: dict[Branch, Gathered] = {}
+        self._pattern: tuple[bool, ...] = ()
+        self._moves = -1
         self._ids = [*map(id, owners)]
         self._owners = [weakref.ref(owner, self._owner_died) for owner in owners]
 
     def kept_dense(self) -> tuple[bool, ...]:
-        """Which of the layers ``dense_layers`` keeps dense."""
-        return tuple([layer.kept_dense for layer in self.layers])
+        """Which of the layers ``dense_layers`` keeps dense; looked up anew when the clock has moved."""
+        claim = self.layers[0].claim
+        moves = -1 if claim is None else claim.moves
+        if moves != self._moves or moves < 0:
+            self._pattern, self._moves = tuple([layer.kept_dense for layer in self.layers]), moves
+        return self._pattern
 
     def holds(self, parameters: Sequence[object]) -> bool:
         """Whether it was made for exactly these Parameter objects: ids tell, as long as all owners live."""

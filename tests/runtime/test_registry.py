@@ -64,13 +64,13 @@ def test_regions_die_when_dynamo_forgets_their_code() -> None:
 
 def test_two_equal_models_share_code_and_no_state() -> None:
     (one, call_one), (two, call_two) = regional(), regional()
-    with sparse_compile.denoising(one, steps=4) as clock:
-        want = generate(call_one, clock)
-    assert sparse_compile.explain(one).compilations == 3
-    with torch.compiler.set_stance("fail_on_recompile"), sparse_compile.denoising(two, steps=4) as clock:
-        assert_same(generate(call_two, clock), want)
+    with sparse_compile.denoising(one, steps=4) as first, sparse_compile.denoising(two, steps=4) as second:
+        want = generate(call_one, first)
+        assert sparse_compile.explain(one).compilations == 3
+        with torch.compiler.set_stance("fail_on_recompile"):
+            assert_same(generate(call_two, second), want)
+        addresses = [tensor.data_ptr() for model in (one, two) for tensor in state_tensors(model)]
     assert regions_of(one) == regions_of(two)
-    addresses = [tensor.data_ptr() for model in (one, two) for tensor in state_tensors(model)]
     assert len(set(addresses)) == len(addresses) == 2 * 2 * len(BRANCHES) * 4
 
 
@@ -94,9 +94,9 @@ def test_twelve_equal_blocks_compile_once_per_phase_and_have_twelve_states() -> 
     model, call = regional(12)
     with sparse_compile.denoising(model, steps=4) as clock:
         generate(call, clock, ["cond"])
+        addresses = [tensor.data_ptr() for tensor in state_tensors(model)]
     assert sparse_compile.explain(model).compilations == 3
     assert len(regions_of(model)) == 3
-    addresses = [tensor.data_ptr() for tensor in state_tensors(model)]
     assert len(set(addresses)) == len(addresses) == 12 * 4
     assert phases(model) == [["dense", "search", "sparse", "sparse"]] * 12
 

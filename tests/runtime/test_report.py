@@ -47,7 +47,8 @@ def report_of(way: str = "whole", steps: int = 4, **options: object) -> Report:
 
 def test_the_report_as_data_has_this_schema() -> None:
     data = report_of().to_dict()
-    assert list(data) == ["sites", "compilations", "density", "density_run", "generations", "warnings"]
+    keys = ["sites", "compilations", "other_compilations", "density", "density_run", "generations", "warnings"]
+    assert list(data) == keys
     assert [list(site) for site in data["sites"]] == [SITE_KEYS] * 2
     assert [list(generation) for generation in data["generations"]] == [["steps", "density", "density_run"]]
     assert [list(step) for step in data["generations"][0]["steps"]] == [STEP_KEYS] * 8

@@ -166,7 +166,7 @@ def test_state_stays_at_its_address_over_generations(way: str) -> None:
         for _ in range(2):
             clock.start(4)
             generate(call, clock)
-    assert [tensor.data_ptr() for tensor in state_tensors(model)] == addresses
+        assert [tensor.data_ptr() for tensor in state_tensors(model)] == addresses
     assert len(set(addresses)) == len(addresses) == 2 * len(BRANCHES) * 4
 
 
