@@ -6,7 +6,7 @@ the implementation: ``cpu`` or ``reference`` (plain torch, any device). No op re
 the CPU implementation, where host and device are one.
 
 Notation: B batch, H query heads, Hkv key/value heads, S tokens, D head size, C clusters, G = C + 2 groups: the
-clusters, then text, then padding (svg2.md, section 4).
+clusters, then text, then padding (docs/svg2.md, section 4).
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def _kmeans(
     seed: int,
     kernel: str,
 ) -> tuple[Tensor, ...]:
-    """Cluster q and k, renew their centroids, and give both orders (svg2.md, sections 4, 5 and 8).
+    """Cluster q and k, renew their centroids, and give both orders (docs/svg2.md, sections 4, 5 and 8).
 
     Args:
         q: [B, H, Sq, D].
@@ -127,7 +127,7 @@ def _plan_top_p(
     seed: int,
     kernel: str,
 ) -> Tensor:
-    """Choose the key clusters of each query cluster (svg2.md, sections 4, 6 and 7).
+    """Choose the key clusters of each query cluster (docs/svg2.md, sections 4, 6 and 7).
 
     Args:
         q_means: float32 [B, H, Cq, D].
@@ -201,7 +201,7 @@ def _block_sparse_attention(
     token_major: bool,
     kernel: str,
 ) -> tuple[Tensor, Tensor]:
-    """Exact attention over the kept key groups, and one row of the call log (svg2.md, section 9).
+    """Exact attention over the kept key groups, and one row of the call log (docs/svg2.md, section 9).
 
     Args:
         q: [B, H, Sq, D].

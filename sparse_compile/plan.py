@@ -49,7 +49,7 @@ class Plan:
         return unpack_bits(self.keep, self.key_groups)
 
     def density(self) -> Tensor:
-        """Attended pairs over valid pairs, float32 [B, H]; padding counts on neither side (svg2.md, section 11).
+        """Attended pairs over valid pairs, float32 [B, H]; padding counts on neither side (docs/svg2.md, section 11).
 
         1.0 where there is no valid pair. Products are taken in float64: at 720p one head has 6e9 pairs.
         """

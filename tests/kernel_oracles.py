@@ -208,7 +208,7 @@ def inertia(x: Tensor, labels: Tensor, centroids: Tensor) -> float:
 
 
 def exact_top_p(mass: Tensor, sizes: Tensor, top_p: float, minimum: int) -> Tensor:
-    """The selection of svg2.md, section 7, one row and one rank at a time, from log masses [Cq, Ck]."""
+    """The selection of docs/svg2.md, section 7, one row and one rank at a time, from log masses [Cq, Ck]."""
     kept = torch.zeros(mass.shape, dtype=torch.bool)
     for i, row in enumerate(mass.double().tolist()):
         alive = [j for j in range(len(row)) if sizes[j] > 0]

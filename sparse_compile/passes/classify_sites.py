@@ -117,7 +117,7 @@ def _read(site: Site, inputs: Inputs, memo: Memo) -> _Findings:
 
 
 def _role(query: Sequence[Part], key: Sequence[Part], inputs: Inputs) -> str:
-    """The word for who attends to whom (attention_sites.md, section 3)."""
+    """The word for who attends to whom (docs/attention_sites.md, section 3)."""
     roles = [role_of_part(p, inputs) for p in query]
     named = {role for role in roles if role not in UNNAMED_ROLES}
     visual = named & VISUAL_ROLES
@@ -207,7 +207,7 @@ def _note(findings: _Findings, inputs: Inputs) -> str:
 
 
 def _verdict(findings: _Findings, config: Config, unsupported_reason: Refusal) -> Reason | None:
-    """The first reason that applies, or None. The order is that of attention_sites.md, section 3."""
+    """The first reason that applies, or None. The order is that of docs/attention_sites.md, section 3."""
     if config.method == "dense":
         return Reason.DENSE_METHOD
     return next(_reasons(findings, config, unsupported_reason), None)

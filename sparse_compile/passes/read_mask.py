@@ -23,7 +23,7 @@ DIMS = 4
 
 
 def mask_form(site: Site, inputs: Inputs, memo: Memo) -> MaskForm:
-    """The form of a site's mask (attention_sites.md, section 5).
+    """The form of a site's mask (docs/attention_sites.md, section 5).
 
     Key padding:
         bool [B or 1, 1, 1, Sk]

@@ -135,7 +135,7 @@ def keeps_dense(index: int, count: int | None, dense_layers: float | int | str) 
         index: place of the layer in the order of first calls.
         count: number of layers, None while it is not known: then each layer that a share or a negative number could
             name is kept dense.
-        dense_layers: a share (rounded down, svg2.md section 10), a count, or ranges such as ``0-2,-1``.
+        dense_layers: a share (rounded down, docs/svg2.md section 10), a count, or ranges such as ``0-2,-1``.
     """
     if isinstance(dense_layers, str):
         ranges = layer_ranges(dense_layers)

@@ -27,7 +27,7 @@ Size = int | torch.SymInt
 TOKENS_PER_QUERY_CLUSTER, QUERY_CLUSTERS = 256, (32, 400)
 TOKENS_PER_KEY_CLUSTER, KEY_CLUSTERS = 76, (64, 1000)
 TOKENS_PER_CLUSTER_FLOOR = 4
-"""Below this many tokens per cluster there is nothing to gain (svg2.md, section 3)."""
+"""Below this many tokens per cluster there is nothing to gain (docs/svg2.md, section 3)."""
 
 
 class Svg2:

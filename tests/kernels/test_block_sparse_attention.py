@@ -22,7 +22,7 @@ from sparse_compile.kernels.block_sparse_attention import cpu
 from sparse_compile.plan import Plan, pack_bits
 
 RELATIVE_ERROR = {torch.bfloat16: 3e-3, torch.float16: 4e-4}
-"""Largest relative L2 error of 16-bit outputs (svg2.md, section 15)."""
+"""Largest relative L2 error of 16-bit outputs (docs/svg2.md, section 15)."""
 
 
 def random_inputs(queries, keys, size=64, value_size=None, heads=(2, 1), batch=2, dtype=torch.float32):
@@ -34,7 +34,7 @@ def random_inputs(queries, keys, size=64, value_size=None, heads=(2, 1), batch=2
 
 
 def assert_matches_exact(q, k, v, plan, scale, kernel, *, ordinary_logits=True):
-    """Error budgets of svg2.md, section 15, on every row, with poisoned memory.
+    """Error budgets of docs/svg2.md, section 15, on every row, with poisoned memory.
 
     Logits in the thousands are rounded by more than the absolute budgets, in SDPA too: only the relative
     budget is asked of them.

@@ -1,4 +1,4 @@
-"""The edge cases of svg2.md, section 14, that a whole call shows; those of one kernel are tested there."""
+"""The edge cases of docs/svg2.md, section 14, that a whole call shows; those of one kernel are tested there."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The properties of svg2.md, section 17, that kernels have to keep; the numbers in comments are theirs."""
+"""The properties of docs/svg2.md, section 17, that kernels have to keep; the numbers in comments are theirs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which key clusters each query cluster attends to, from means and sizes (svg2.md, sections 4, 6 and 7).
+"""Which key clusters each query cluster attends to, from means and sizes (docs/svg2.md, sections 4, 6 and 7).
 
 Plain torch on any device; nothing is read on the host. One (batch item, head) at a time, so that memory stays
 bounded and a batch equals its items bit for bit.

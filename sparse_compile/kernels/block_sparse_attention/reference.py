@@ -1,4 +1,4 @@
-"""Attention over the kept key groups in plain torch: the definition of correct (svg2.md, section 9).
+"""Attention over the kept key groups in plain torch: the definition of correct (docs/svg2.md, section 9).
 
 The plan is expanded to a mask over tokens, a bounded number of queries at a time. Nothing is read on the
 host.

@@ -1,4 +1,4 @@
-"""The k-means driver of all implementations: token classes, Lloyd iterations, orders (svg2.md, 4, 5, 8)."""
+"""The k-means driver of all implementations: token classes, Lloyd iterations, orders (docs/svg2.md, 4, 5, 8)."""
 
 from __future__ import annotations
 

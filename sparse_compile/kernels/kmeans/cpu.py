@@ -1,4 +1,4 @@
-"""Lloyd's k-means for CPU tensors: the reference's arithmetic with less memory traffic (svg2.md, section 5).
+"""Lloyd's k-means for CPU tensors: the reference's arithmetic with less memory traffic (docs/svg2.md, section 5).
 
 Here host reads are free, so the driver stops at a fixed point, which changes no bit of the result.
 """

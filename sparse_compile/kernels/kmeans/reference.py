@@ -1,4 +1,4 @@
-"""Lloyd's k-means in plain torch: the definition of correct (svg2.md, section 5).
+"""Lloyd's k-means in plain torch: the definition of correct (docs/svg2.md, section 5).
 
 Every function treats one (batch item, head) and reads no value on the host. Computation is in float32, or in
 float64 for float64 inputs.
@@ -40,7 +40,7 @@ def countable(x: Tensor) -> Tensor:
 def scoring_operands(centroids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Centroids as the matrix product sees them, and their squared norms: [C, D] and [C].
 
-    Rounded to ``dtype`` first; the norms are those of the rounded values (svg2.md, section 5.1). A centroid
+    Rounded to ``dtype`` first; the norms are those of the rounded values (docs/svg2.md, section 5.1). A centroid
     whose norm overflows is never the nearest one: its norm is inf and its products are 0 rather than NaN.
     """
     compute = compute_dtype(dtype)
@@ -70,7 +70,7 @@ def update(x: Tensor, labels: Tensor, included: Tensor, centroids: Tensor) -> Te
     """Mean of the included tokens of each label; a label without any keeps its centroid.
 
     Sums run in token order in float64, where a million terms still round to the right float32. (In float32
-    even 4096 equal terms drift by more than the budget of svg2.md, section 15.)
+    even 4096 equal terms drift by more than the budget of docs/svg2.md, section 15.)
 
     Shapes: x [S, D]; labels int32 [S]; included bool [S]; centroids [C, D].
     Returns: [C, D] in float32 (float64 for float64 inputs), always finite if ``centroids`` are.

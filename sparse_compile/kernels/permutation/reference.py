@@ -1,4 +1,4 @@
-"""Group tokens by label: a stable sort of small integers, and the bounds of the groups (svg2.md, 8)."""
+"""Group tokens by label: a stable sort of small integers, and the bounds of the groups (docs/svg2.md, 8)."""
 
 from __future__ import annotations
 
