@@ -144,7 +144,12 @@ def main() -> int:
             f" {figures['added']:+.0f} us a call ({share}, {per_layer})"
         )
     if arguments.json:
-        versions = {"torch": torch.__version__, "layers": arguments.layers, "tokens": arguments.tokens}
+        versions = {
+            "torch": torch.__version__,
+            "cpu": torch.backends.cpu.get_cpu_capability(),
+            "layers": arguments.layers,
+            "tokens": arguments.tokens,
+        }
         arguments.json.write_text(json.dumps({**versions, **results}, indent=1) + "\n")
     within = results["whole"]["added"] <= BUDGET_MICROSECONDS
     print(f"whole model: {'within' if within else 'OVER'} the budget of {BUDGET_MICROSECONDS} us a call")
