@@ -93,8 +93,8 @@ class Region:
         if not claim.clock.running.acquire(blocking=False):
             raise one_at_a_time("two calls at the same time")
         try:
-            if known is not None:  # a clock found just now came after the guard
-                self._check_phase(group, claim)
+            if known is not None and group.phase() is not self._phase:  # a clock found just now came after the guard
+                claim.mismatches += 1
             branch = group.layers[0].branch()
             gathered = self._gather(group, claim, branch, args)
             if self._repeats(gathered, claim.clock):
@@ -138,11 +138,6 @@ class Region:
             )
         self._registry.warn_no_clock()
         return None
-
-    def _check_phase(self, group: LayerGroup, claim: Claim) -> None:
-        speaker = next((layer for layer in group.layers if not layer.kept_dense), group.layers[0])
-        if speaker.phase is not self._phase:
-            claim.mismatches += 1
 
     def _repeats(self, gathered: Gathered, clock: Clock) -> bool:
         """Whether this branch of the layers was called before in this step: two calls that cannot be told apart.

@@ -78,8 +78,7 @@ class Registry:
 
     def layer(self, parameter: object, planner: Planner) -> Layer:
         """The layer that this Parameter names; made, and given to its model's clock, at the first call."""
-        layers = self._layers.get(parameter)
-        layer = layers.get(planner) if layers is not None else None
+        layer = self._known(parameter, planner)
         if layer is not None and layer.claim is not None:
             return layer
         with self._lock:
@@ -114,9 +113,7 @@ class Registry:
         first = next(remaining)
         group = self._group_of(first, planner, count)
         if group is not None:
-            pattern = group.kept_dense()
-            awake = pattern.index(False) if False in pattern else 0
-            return group.layers[awake].phase is phase and (phase is Phase.DENSE or pattern == kept_dense)
+            return group.phase() is phase and (phase is Phase.DENSE or group.kept_dense() == kept_dense)
         known = [first, *remaining]
         if self.phase_of(known, planner) is not phase:
             return False
@@ -126,8 +123,7 @@ class Registry:
         """The phase of a graph with these owners: that of the first layer which is not kept dense."""
         new = 0
         for parameter in parameters:
-            layers = self._layers.get(parameter)
-            layer: Layer | None = layers.get(planner) if layers is not None else None
+            layer = self._known(parameter, planner)
             claim: Claim | None = self._claims.get(parameter) if layer is None else layer.claim
             if layer is not None and (claim is None or not layer.kept_dense):
                 return layer.phase
@@ -142,8 +138,7 @@ class Registry:
         """Which of a graph's layers ``dense_layers`` keeps dense, in the order of their calls."""
         new, kept = 0, []
         for parameter in parameters:
-            layers = self._layers.get(parameter)
-            layer: Layer | None = layers.get(planner) if layers is not None else None
+            layer = self._known(parameter, planner)
             claim: Claim | None = self._claims.get(parameter)
             if layer is not None or claim is None:
                 kept.append(layer is not None and layer.kept_dense)
@@ -152,9 +147,13 @@ class Registry:
                 new += 1
         return tuple(kept)
 
+    def _known(self, parameter: object, planner: Planner) -> Layer | None:
+        """The layer of this Parameter, if it was ever called."""
+        layers = self._layers.get(parameter)
+        return layers.get(planner) if layers is not None else None
+
     def _group_of(self, first: object, planner: Planner, size: int) -> LayerGroup | None:
-        layers = self._layers.get(first)
-        lead: Layer | None = layers.get(planner) if layers is not None else None
+        lead = self._known(first, planner)
         groups = lead.groups.values() if lead is not None and lead.claim is not None else ()
         return next((group for group in groups if len(group.layers) == size), None)
 

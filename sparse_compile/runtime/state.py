@@ -193,6 +193,11 @@ class LayerGroup:
             self._pattern, self._moves = tuple([layer.kept_dense for layer in self.layers]), moves
         return self._pattern
 
+    def phase(self) -> Phase:
+        """The phase of the group: that of the first layer which is not kept dense."""
+        kept_dense = self.kept_dense()
+        return self.layers[kept_dense.index(False) if False in kept_dense else 0].phase
+
     def holds(self, parameters: Sequence[object]) -> bool:
         """Whether it was made for exactly these Parameter objects: ids tell, as long as all owners live."""
         return [*map(id, parameters)] == self._ids
