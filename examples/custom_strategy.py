@@ -3,7 +3,8 @@
     python examples/custom_strategy.py
 
 A method is one class: which phases it has, what it keeps between calls, which ops it writes. This one needs a single op
-of its own, which makes the plan; `block_sparse_attention` does the rest. It keeps no state and never searches.
+of its own, which makes the plan; `write_sparse_attention` does the rest, correction and measured kept mass included. It
+keeps no state and never searches.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from sparse_compile.phases import Moment, Phase
 from sparse_compile.plan import TensorSpec, pack_bits
 from sparse_compile.sites import MaskForm, Reason, Site
 from sparse_compile.strategies.base import GraphBuilder
+from sparse_compile.strategies.sparse_attention import PlanNodes, write_sparse_attention
 
 BLOCK, REACH = 32, 3  # tokens in a block, and how many blocks a query looks to either side
 
@@ -72,9 +74,7 @@ class Neighbourhood:
         """Plan, then attend."""
         made = build.call("neighbourhood::plan", build.query, BLOCK, REACH)
         offsets, keep = build.item(made, 0), build.item(made, 1)
-        plan_of_both = (None, offsets, None, offsets, keep, None, build.log())  # blocks need no other order of tokens
-        arguments = (build.query, build.key, build.value, *plan_of_both, build.scale, build.token_major())
-        return build.item(build.call("block_sparse_attention", *arguments), 0)
+        return write_sparse_attention(build, PlanNodes(None, offsets, None, offsets, keep))  # tokens stay in place
 
 
 if __name__ == "__main__":

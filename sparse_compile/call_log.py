@@ -1,7 +1,8 @@
 """The call log: one row per sparse call, written on the device and read by the host when a report is asked for.
 
-A log is float32 [1 + ROWS, 3]. Row 0 holds the number of rows ever written; the others are a ring of
-(density, kept mass or NaN, non-finite tokens).
+A log is float32 [1 + ROWS + H, 3]. Row 0 holds the number of rows ever written. The next ROWS are a ring of
+(density, kept mass or NaN, non-finite tokens), one a call. The last H rows hold (density, kept mass or NaN, 0) of each
+query head in the newest call; a log without them (H = 0) tells of whole calls alone.
 """
 
 from __future__ import annotations
@@ -25,29 +26,45 @@ class CallRow(NamedTuple):
     non_finite: int
 
 
-def log_spec(device: torch.device) -> TensorSpec:
-    """The shape, dtype and device of an empty (all zero) log."""
-    return TensorSpec((1 + ROWS, COLUMNS), torch.float32, device)
+class HeadFigures(NamedTuple):
+    """What the newest sparse call did in one query head, mean over the batch."""
+
+    density: float
+    kept_mass: float | None
+
+
+def log_spec(device: torch.device, heads: int | torch.SymInt) -> TensorSpec:
+    """The shape, dtype and device of an empty (all zero) log of a site with this many query heads."""
+    return TensorSpec((1 + ROWS + heads, COLUMNS), torch.float32, device)
 
 
 def append_row(log: Tensor, density: Tensor, kept_mass: Tensor | None, non_finite: Tensor | None) -> None:
-    """Write the next row of ``log`` in place, without reading anything on the host.
+    """Write the next row of ``log`` and the rows of the heads in place, without reading anything on the host.
 
-    Each value is averaged (densities, masses) or summed (non-finite tokens) over all its elements.
+    Args:
+        log: what `log_spec` describes.
+        density: [B, H]; of any shape where the log has no rows of heads.
+        kept_mass: the same; NaN where it could not be measured, which no mean counts; None: not measured.
+        non_finite: counts, to be summed.
     """
-    nan = log.new_full((), float("nan"))
-    zero = log.new_zeros(())
-    row = torch.stack(
-        [
-            density.mean().float(),
-            nan if kept_mass is None else kept_mass.mean().float(),
-            zero if non_finite is None else non_finite.sum().float(),
-        ]
-    )
+    density = density.float()
+    mass = torch.full_like(density, float("nan")) if kept_mass is None else kept_mass.float()
+    tokens = log.new_zeros(()) if non_finite is None else non_finite.sum().float()
     written = log[0, 0]
     at = (torch.remainder(written, ROWS) + 1).long().view(1)
-    log.index_copy_(0, at, row.unsqueeze(0))
+    log.index_copy_(0, at, torch.stack([density.mean(), mass.nanmean(), tokens]).unsqueeze(0))
+    heads = log[1 + ROWS :]
+    if heads.shape[0]:
+        heads[:, 0] = density.mean(0)
+        heads[:, 1] = mass.nanmean(0)
     written.add_(1)
+
+
+def carry_over(old: Tensor, new: Tensor) -> None:
+    """Copy the rows of calls into an empty log, which may lie elsewhere and have other heads."""
+    new[: 1 + ROWS] = old[: 1 + ROWS]
+    if new.shape == old.shape:
+        new[1 + ROWS :] = old[1 + ROWS :]
 
 
 def read_rows(log: Tensor) -> tuple[int, list[CallRow]]:
@@ -57,5 +74,15 @@ def read_rows(log: Tensor) -> tuple[int, list[CallRow]]:
     rows = []
     for index in range(max(0, written - ROWS), written):
         density, mass, non_finite = values[1 + index % ROWS]
-        rows.append(CallRow(density, None if mass != mass else mass, int(non_finite)))
+        rows.append(CallRow(density, _known(mass), int(non_finite)))
     return written, rows
+
+
+def read_heads(log: Tensor) -> list[HeadFigures]:
+    """The heads of the newest call; none where no call has written them since the log was made."""
+    heads = [HeadFigures(density, _known(mass)) for density, mass, _ in log[1 + ROWS :].tolist()]
+    return heads if any(head.density for head in heads) else []
+
+
+def _known(value: float) -> float | None:
+    return None if value != value else value

@@ -10,13 +10,13 @@ import dataclasses
 import difflib
 import functools
 import logging
-import math
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
+from sparse_compile import option_values as accept
 from sparse_compile.errors import SparseAttentionError
 
 log = logging.getLogger(__name__)
@@ -27,144 +27,32 @@ FOREIGN_VARIABLES = frozenset({"SPARSE_ATTN_BACKEND"})
 
 LATER_OPTIONS: Mapping[str, str] = {
     "preset": "presets, which are set by measurement",
-    "sparsity": "the method adaspa",
-    "block_size": "the method adaspa",
-    "search_steps": "the method adaspa",
-    "head_adaptive": "the method adaspa",
     "target_recall": "recall targets",
-    "correction": "the correction for skipped keys",
-    "probe_rows": "the probe rows that measure kept mass",
 }
 """Options of the design that this version refuses by name, and what they belong to."""
-LATER_METHODS = frozenset({"adaspa"})
-
-Parse = Callable[[object], Any]
+BUILT_IN_METHODS = ("svg2", "adaspa")
 
 
 @dataclass(frozen=True)
 class Option:
-    """How one option is read (from Python or from a string) and shown."""
+    """How one option is read (from Python or from a string) and shown.
 
-    parse: Parse
+    ``method`` is the built-in method that alone reads it, None where all do. A plug-in may read any.
+    """
+
+    parse: accept.Parse
     accepts: str
     doc: str
+    method: str | None = None
 
 
 def _fail(name: str, accepts: str, value: object) -> SparseAttentionError:
     return SparseAttentionError(f"option {name!r} must be {accepts}", value, "See the options table in README.md.")
 
 
-def _number(value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        raise ValueError
-    number = float(value)
-    if not math.isfinite(number):
-        raise ValueError
-    return number
-
-
-def _whole(value: object) -> int:
-    number = _number(value)
-    if number != int(number) or (isinstance(value, float) and not float(value).is_integer()):
-        raise ValueError
-    return int(number)
-
-
-def _within(low: float, high: float, *, open_low: bool = False) -> Parse:
-    def parse(value: object) -> float:
-        number = _number(value)
-        if not (low < number if open_low else low <= number) or number > high:
-            raise ValueError
-        return number
-
-    return parse
-
-
-def _at_least(least: int) -> Parse:
-    def parse(value: object) -> int:
-        number = _whole(value)
-        if number < least:
-            raise ValueError
-        return number
-
-    return parse
-
-
-def _or(word: str, replacement: Any, parse: Parse) -> Parse:
-    def parse_either(value: object) -> Any:
-        return replacement if value == word or value is None else parse(value)
-
-    return parse_either
-
-
-def _one_of(*words: str) -> Parse:
-    def parse(value: object) -> str:
-        if value not in words:
-            raise ValueError
-        return str(value)
-
-    return parse
-
-
-def _boolean(value: object) -> bool:
-    known = {
-        "1": True,
-        "true": True,
-        "yes": True,
-        "on": True,
-        "0": False,
-        "false": False,
-        "no": False,
-        "off": False,
-    }
-    if isinstance(value, bool):
-        return value
-    if isinstance(value, str) and value.lower() in known:
-        return known[value.lower()]
-    raise ValueError
-
-
-def _share_or_count(value: object) -> float | int:
-    """A float (or a string with a point) is a share in [0, 1]; an int is a count."""
-    if isinstance(value, float) or (isinstance(value, str) and "." in value):
-        return float(_within(0.0, 1.0)(value))
-    return int(_at_least(0)(value))
-
-
-def _layers(value: object) -> float | int | str:
-    """A share, a count, or a list such as ``0-2,-1``."""
-    if not isinstance(value, str):
-        return _share_or_count(value)
-    try:
-        return _share_or_count(value)
-    except ValueError:
-        layer_ranges(value)
-        return value.replace(" ", "")
-
-
-def layer_ranges(text: str) -> tuple[tuple[int, int], ...]:
-    """The (first, last) pairs of a list of layers such as ``0-2,-1``; negative numbers count from the end.
-
-    Raises:
-        ValueError: the text is no such list.
-    """
-    ranges = []
-    for item in text.replace(" ", "").split(","):
-        sign, digits = (-1, item[1:]) if item.startswith("-") else (1, item)
-        first, dash, last = digits.partition("-")
-        if not first.isdigit() or (dash and (sign < 0 or not last.isdigit() or int(last) < int(first))):
-            raise ValueError
-        ranges.append((sign * int(first), int(last) if dash else sign * int(first)))
-    return tuple(ranges)
-
-
 def _method(value: object) -> str:
     if not isinstance(value, str) or not all(word.isidentifier() for word in re.split("[.:]", value)):
         raise ValueError
-    if value in LATER_METHODS:
-        raise SparseAttentionError(
-            "option 'method' must name an available method", value, "It comes in a later version; use 'svg2'."
-        )
     return value
 
 
@@ -175,11 +63,11 @@ def _kernel(value: object) -> str:
             value,
             "Triton kernels come in a later version; use 'auto'.",
         )
-    return str(_one_of("auto", "cpu", "reference")(value))
+    return str(accept.one_of("auto", "cpu", "reference")(value))
 
 
-def _option(default: Any, parse: Parse, accepts: str, doc: str) -> Any:
-    return dataclasses.field(default=default, metadata={"option": Option(parse, accepts, doc)})
+def _option(default: Any, parse: accept.Parse, accepts: str, doc: str, method: str | None = None) -> Any:
+    return dataclasses.field(default=default, metadata={"option": Option(parse, accepts, doc, method)})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,82 +75,140 @@ class Config:
     """All options of one compilation, checked. Equal options give equal Configs."""
 
     method: str = _option(
-        "svg2", _method, "svg2, dense, an installed plug-in, or 'module:Strategy'", "which sparse attention"
+        "svg2", _method, "svg2, adaspa, dense, an installed plug-in, or 'module:Strategy'", "which sparse attention"
+    )
+    correction: str = _option(
+        "auto",
+        accept.one_of("auto", "none", "pooled", "coupled"),
+        "auto, none, pooled or coupled",
+        "what stands for skipped keys: nothing, their means, or these with a coupling term; auto: coupled",
     )
     top_p: float = _option(
-        0.9, _within(0, 1, open_low=True), "a number in (0, 1]", "SVG2: attention mass kept per query cluster"
+        0.9, accept.within(0, 1, open_low=True), "a number in (0, 1]", "attention mass kept per query cluster", "svg2"
     )
-    min_kept: float = _option(0.1, _within(0, 1), "a number in [0, 1]", "SVG2: least share of key clusters kept")
+    min_kept: float = _option(
+        0.1, accept.within(0, 1), "a number in [0, 1]", "least share of key clusters kept", "svg2"
+    )
     density: float | None = _option(
         None,
-        _or("none", None, _within(0, 1, open_low=True)),
+        accept.one_word_or("none", None, accept.within(0, 1, open_low=True)),
         "none or a number in (0, 1]",
-        "SVG2: fixed share of keys per query row; replaces top_p",
+        "fixed share of keys per query row; replaces top_p",
+        "svg2",
     )
     rank_by: str = _option(
         "mass",
-        _one_of("mass", "mass_per_key", "random"),
+        accept.one_of("mass", "mass_per_key", "random"),
         "mass, mass_per_key or random",
-        "order in which key clusters are kept; random is a control for quality tables",
+        "order in which key groups are kept; random is a control for quality tables",
     )
     q_clusters: int | None = _option(
         None,
-        _or("auto", None, _at_least(1)),
+        accept.one_word_or("auto", None, accept.at_least(1)),
         "auto or an integer >= 1",
         "query clusters; auto: tokens / 256 in [32, 400]",
+        "svg2",
     )
     k_clusters: int | None = _option(
         None,
-        _or("auto", None, _at_least(1)),
+        accept.one_word_or("auto", None, accept.at_least(1)),
         "auto or an integer >= 1",
         "key clusters; auto: tokens / 76 in [64, 1000]",
+        "svg2",
     )
-    kmeans_iters_init: int = _option(50, _at_least(1), "an integer >= 1", "k-means iterations of a search")
-    kmeans_iters: int = _option(2, _at_least(1), "an integer >= 1", "k-means iterations of a sparse call")
+    kmeans_iters_init: int = _option(
+        50, accept.at_least(1), "an integer >= 1", "k-means iterations of a search", "svg2"
+    )
+    kmeans_iters: int = _option(2, accept.at_least(1), "an integer >= 1", "k-means iterations of a sparse call", "svg2")
+    sparsity: float = _option(
+        0.8,
+        accept.within(0, 1, open_high=True),
+        "a number in [0, 1)",
+        "share of the video key blocks that a query row leaves out",
+        "adaspa",
+    )
+    block_size: int = _option(64, accept.at_least(1), "an integer >= 1", "most tokens of a block", "adaspa")
+    search_steps: tuple[float | int, ...] = _option(
+        (0.2, 0.6),
+        accept.search_steps,
+        "rising shares in [0.0, 1.0] or counts >= 0, such as '0.2,0.6' or '10,30'",
+        "how many steps are done when a search ends; the first is the last dense step, whatever is named; a share"
+        " behind it counts from 20 steps on",
+        "adaspa",
+    )
+    head_adaptive: str = _option(
+        "paper",
+        accept.one_of("paper", "guarded", "off"),
+        "paper, guarded or off",
+        "how heads trade budgets; the mean stays",
+        "adaspa",
+    )
+    search_row_stride: int = _option(
+        1, accept.at_least(1), "an integer >= 1", "a search looks at every so manyth query row of a block", "adaspa"
+    )
+    probe_rows: int = _option(
+        64, accept.at_least(0), "an integer >= 0", "rows a head that measure kept mass in each sparse call; 0: none"
+    )
     dense_steps: float | int = _option(
-        0.2, _share_or_count, "a share in [0.0, 1.0] or a count >= 0", "first denoising steps that stay dense"
+        0.2, accept.share_or_count, "a share in [0.0, 1.0] or a count >= 0", "first denoising steps that stay dense"
     )
     dense_layers: float | int | str = _option(
         0.03,
-        _layers,
+        accept.layers,
         "a share in [0.0, 1.0], a count >= 0 or a list such as '0-2,-1'",
         "layers that stay dense, from the first",
     )
     min_tokens: int | None = _option(
         None,
-        _or("auto", None, _at_least(1)),
+        accept.one_word_or("auto", None, accept.at_least(1)),
         "auto or an integer >= 1",
-        "fewest video tokens to go sparse; auto: the method's floor (SVG2: 4 x k_clusters)",
+        "fewest video tokens to go sparse; auto: the method's floor (svg2: 4 x k_clusters; adaspa: 4096 tokens and 16"
+        " blocks)",
     )
     text_tokens: int | None = _option(
         None,
-        _or("auto", None, _at_least(0)),
+        accept.one_word_or("auto", None, accept.at_least(0)),
         "auto or an integer >= 0",
         "text tokens, where the graph does not tell",
     )
     text_position: str = _option(
         "auto",
-        _one_of("auto", "first", "last"),
+        accept.one_of("auto", "first", "last"),
         "auto, first or last",
         "where those text tokens lie; auto: last",
     )
     kernel: str = _option("auto", _kernel, "auto, cpu or reference", "which implementation of the ops")
     strict: bool = _option(
-        False, _boolean, "true or false", "raise for unsupported sites, and when nothing became sparse"
+        False, accept.boolean, "true or false", "raise for unsupported sites, and when nothing became sparse"
     )
     compile_mode: str = _option(
         "default",
-        _one_of("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
+        accept.one_of("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
         "default, reduce-overhead, max-autotune or max-autotune-no-cudagraphs",
         "Inductor's mode",
     )
-    lowering: str = _option("inductor", _one_of("inductor", "eager"), "inductor or eager", "eager: for tests")
-    seed: int = _option(0, _at_least(0), "an integer >= 0", "start of k-means")
-    verbose: bool = _option(False, _boolean, "true or false", "log one line a site")
+    lowering: str = _option("inductor", accept.one_of("inductor", "eager"), "inductor or eager", "eager: for tests")
+    seed: int = _option(
+        0, accept.at_least(0), "an integer >= 0", "for k-means, probe rows and random ranks"
+    )
+    verbose: bool = _option(False, accept.boolean, "true or false", "log one line a site")
 
     def __post_init__(self) -> None:
         for name, option in declared_options().items():
             object.__setattr__(self, name, _parsed(name, option, getattr(self, name)))
+        if self.method in BUILT_IN_METHODS:
+            self._check_methods()
+
+    def _check_methods(self) -> None:
+        """An option of the other method would have no effect, so it is an error."""
+        for name, value in self.changed().items():
+            owner = declared_options()[name].method
+            if owner not in (None, self.method):
+                raise SparseAttentionError(
+                    f"option {name!r} belongs to method {owner!r}, and method is {self.method!r}",
+                    value,
+                    f"Leave it out, or choose method={owner!r}.",
+                )
 
     @classmethod
     def from_options(cls, options: Mapping[str, object] | None, environ: Mapping[str, str] | None = None) -> Self:

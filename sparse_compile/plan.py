@@ -19,6 +19,13 @@ class TensorSpec(NamedTuple):
     device: torch.device
 
 
+class Groups(NamedTuple):
+    """One side of a Plan: the tokens in the grouped order (None: in place), and the bounds of the groups."""
+
+    order: Tensor | None
+    offsets: Tensor
+
+
 @dataclass(frozen=True)
 class Plan:
     """Which key groups each query group attends to.
@@ -38,6 +45,16 @@ class Plan:
     k_order: Tensor | None
     k_offsets: Tensor
     keep: Tensor
+
+    @property
+    def query_side(self) -> Groups:
+        """Order and bounds of the queries."""
+        return Groups(self.q_order, self.q_offsets)
+
+    @property
+    def key_side(self) -> Groups:
+        """Order and bounds of the keys."""
+        return Groups(self.k_order, self.k_offsets)
 
     @property
     def key_groups(self) -> int:
@@ -60,6 +77,22 @@ class Plan:
         pairs = (row_keys * q_sizes)[..., :-1].sum(-1)
         valid = q_sizes[..., :-1].sum(-1) * k_sizes[..., :-1].sum(-1)
         return torch.where(valid > 0, pairs / valid.clamp(min=1), 1.0).float()
+
+
+@dataclass(frozen=True)
+class PooledKeys:
+    """What stands for each key group where a row skips it; made anew in each call (docs/correction.md).
+
+    Shapes (B batch, Hkv key heads, Gk key groups, D and Dv sizes of keys and values):
+        mean_k float32 [B, Hkv, Gk, D], mean_v float32 [B, Hkv, Gk, Dv]
+        log_size float32 [B, Hkv, Gk]: ln of the number of keys; -inf for an empty group and for padding
+        coupling float32 [B, Hkv, D, Dv] or None: covariance of keys and values within a group, mean over the keys
+    """
+
+    mean_k: Tensor
+    mean_v: Tensor
+    log_size: Tensor
+    coupling: Tensor | None
 
 
 def pack_bits(kept: Tensor) -> Tensor:

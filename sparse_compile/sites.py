@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, replace
 from enum import Enum, StrEnum
 from typing import TYPE_CHECKING, Self
@@ -28,6 +29,7 @@ class Reason(Enum):
     IMAGE_ONLY = ("image_only", True, "attention among image-embedding tokens", "")
     FACTORISED = ("factorised_attention", True, "frames or space lie in the batch: already factorised", "")
     TOO_SHORT = ("too_short", True, "fewer video tokens than min_tokens", "Lower min_tokens to force it.")
+    ONE_BLOCK = ("one_block", True, "one block holds all video tokens: nothing to skip", "Lower block_size.")
     DENSE_LAYER = ("dense_layer", True, "one of the layers that dense_layers keeps dense", "")
     DENSE_METHOD = ("dense_method", True, "method='dense' was asked for", "")
     GRADIENTS = (
@@ -190,6 +192,35 @@ class TokenLayout:
         if all(isinstance(part.size, int) for part in self.parts if part.visual):
             return self.video_tokens
         return length - sum(part.symbolic_length() for part in self.parts if not part.visual)
+
+    def visual_runs(self) -> list[tuple[int, int]]:
+        """(first, behind last) part of each run of neighbouring visual parts."""
+        runs: list[tuple[int, int]] = []
+        for index, part in enumerate(self.parts):
+            if not part.visual:
+                continue
+            if runs and runs[-1][1] == index:
+                runs[-1] = (runs[-1][0], index + 1)
+            else:
+                runs.append((index, index + 1))
+        return runs
+
+    def segments(self, length: int | torch.SymInt) -> list[int | torch.SymInt]:
+        """Sizes of the stretches of text, video, text, …, text that the axis is made of; text may be of size 0.
+
+        Symbolic where the graph's sizes are. The stretch of a part that the graph does not spell out is the rest.
+
+        Args:
+            length: size of the whole axis.
+        """
+        edges = [0, *(edge for run in self.visual_runs() for edge in run), len(self.parts)]
+        stretches = [self.parts[start:stop] for start, stop in itertools.pairwise(edges)]
+        sizes = [sum(part.symbolic_length() for part in stretch) for stretch in stretches]
+        if not isinstance(length, int):
+            for index, stretch in enumerate(stretches):
+                if any(part.size is None for part in stretch):
+                    sizes[index] = length - (sum(sizes) - sizes[index])
+        return sizes
 
     def moved(self, old_to_new: Mapping[fx.Node, fx.Node]) -> TokenLayout:
         """This layout in a copy of its graph."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import sparse_compile.ops  # noqa: F401 - registers torch.ops.sparse_compile
 from sparse_compile.call_log import COLUMNS, ROWS
-from sparse_compile.plan import Plan
+from sparse_compile.plan import Plan, PooledKeys
 
 OPS = torch.ops.sparse_compile
 IMPLEMENTATIONS = ("cpu", "reference")
@@ -115,9 +115,26 @@ def make_plan(clusters: Clustered, scale: float, *, kernel: str = "cpu", **optio
     return Plan(clusters.q_order, clusters.q_offsets, clusters.k_order, clusters.k_offsets, keep)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, *, kernel: str = "cpu") -> tuple[Tensor, Tensor]:
-    fields = (plan.q_order, plan.q_offsets, plan.k_order, plan.k_offsets, plan.keep)
-    result: tuple[Tensor, Tensor] = OPS.block_sparse_attention(q, k, v, *fields, None, new_log(), scale, True, kernel)
+def fields_of(plan: Plan) -> tuple[Tensor | None, ...]:
+    """The arguments that carry a Plan into an op."""
+    return (plan.q_order, plan.q_offsets, plan.k_order, plan.k_offsets, plan.keep)
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: Plan,
+    scale: float,
+    *,
+    pooled: PooledKeys | None = None,
+    kernel: str = "cpu",
+) -> tuple[Tensor, Tensor]:
+    """The block_sparse_attention op: out and log-sum-exp."""
+    tail = (None,) * 4 if pooled is None else (pooled.mean_k, pooled.mean_v, pooled.log_size, pooled.coupling)
+    result: tuple[Tensor, Tensor] = OPS.block_sparse_attention(
+        q, k, v, *fields_of(plan), *tail, None, None, new_log(), scale, True, kernel
+    )
     return result
 
 

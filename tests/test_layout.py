@@ -17,23 +17,24 @@ PACKAGE = ROOT / "sparse_compile"
 SOURCE_FOLDERS = ("sparse_compile", "tests", "examples", "benchmarks", "training")
 LONGEST_FILE = 400
 
-LEAVES = ("call_log", "config", "errors", "phases", "plan", "sites")
+LEAVES = ("call_log", "config", "errors", "option_values", "phases", "plan", "sites")
 MAY_IMPORT = {
     "errors": (),
     "phases": (),
     "plan": (),
-    "config": ("errors",),
+    "option_values": (),
+    "config": ("errors", "option_values"),
     "call_log": ("plan",),
     "sites": ("errors", "phases", "plan"),
     "kernels": ("call_log", "kernels", "plan"),
-    "ops": ("call_log", "errors", "kernels", "plan"),
+    "ops": ("call_log", "errors", "kernels", "ops", "plan"),
     "strategies": (*LEAVES, "strategies"),
     "passes": (*LEAVES, "passes", "strategies.base"),
     "runtime": (*LEAVES, "runtime", "strategies.base"),
     "compiler": (*LEAVES, "compiler", "ops", "passes", "runtime", "strategies"),
     "integrations": (*LEAVES, "integrations", "runtime"),
     "api": (*LEAVES, "compiler.torch_internals", "integrations", "runtime"),
-    "evaluation": (*LEAVES, "evaluation"),
+    "evaluation": (*LEAVES, "api", "evaluation"),
 }
 """What a module or folder of the package may import of the rest of it."""
 MAY_IMPORT_DIFFUSERS = ("integrations", "evaluation", "cli")

@@ -1,101 +1,147 @@
-"""``sparse-attn demo``: the same videos with dense and with sparse attention, side by side, with figures."""
+"""``sparse-attn demo``: the same videos with dense attention and with each method, side by side, with figures."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import platform
+import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
+from diffusers import WanPipeline
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 import sparse_compile
+from sparse_compile.config import Config
 from sparse_compile.evaluation.comparison import (
     Run,
     compile_transformer,
-    demo_options,
+    demo_runs,
     measure,
+    resolved_options,
     run_generations,
 )
 from sparse_compile.evaluation.demo_model import Scene, VideoSize, demo_scenes, load_pipeline
 from sparse_compile.evaluation.pictures import (
     Comparison,
+    Variant,
     write_contact_sheet,
     write_gif,
     write_side_by_side_gif,
 )
+from sparse_compile.phases import Moment
+from sparse_compile.strategies.catalogue import load_strategy
 
 CAPTION = (
-    "This shows correctness and quality, not speed: the videos are tiny, and on a CPU sparse attention of "
-    "this version runs in plain torch."
+    "This shows correctness and quality, not speed: the videos are tiny, and the seconds are those of a CPU. A few "
+    "videos do not rank methods; `sparse-attn bench quality` makes more."
 )
+QUALITY_NOTE = "density: pairs computed in sparse calls\ndensity_run: in all calls; compare methods where it is equal"
 SECONDS_NOTE = "run: mean of the videos, all compiled\ncompile: a first generation minus the same one repeated"
+FIGURES = {
+    "density": ("density", 3),
+    "density_run": ("density_run", 3),
+    "kept_mass": ("kept\nmass", 3),
+    "psnr": ("PSNR dB", 1),
+    "ssim": ("SSIM", 3),
+    "flicker_gap": ("flicker\ngap", 3),
+}
+"""The columns of the table by their name in the JSON: heading, digits."""
+
+
+@dataclass(frozen=True)
+class MethodRun:
+    """What one method made: its options, videos and report, and the figures of each video."""
+
+    options: dict[str, object]
+    run: Run
+    report: dict[str, Any]
+    rows: list[dict[str, Any]]
+
+    @property
+    def nothing_sparse(self) -> bool:
+        """Whether no attention became sparse although the method is a sparse one."""
+        return self.options["method"] != "dense" and all(row["density"] is None for row in self.rows)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Generate, compare, write pictures and print; 1 when nothing became sparse although it should have."""
+    """Generate, compare, write pictures and print; 1 when a method made nothing sparse although it should have."""
     console = Console()
-    options = demo_options(dict(arguments.options))
+    chosen = demo_runs(dict(arguments.options))
+    for options in chosen.values():
+        _check_method(Config.from_options(options), arguments.steps)
     size = VideoSize(*map(int, arguments.size.split("x")))
     scenes = demo_scenes(arguments.prompts, arguments.seed + 1000)
 
-    dense, sparse, report = _generate_both(arguments, options, size, scenes, console)
-    rows = _rows(scenes, measure(sparse.videos, dense.videos), report)
-    result = _result(arguments, options, size, (dense, sparse), rows, report)
+    dense, methods = _generate_all(arguments, chosen, size, scenes, console)
+    result = _result(arguments, size, scenes, dense, methods)
 
     folder = Path(arguments.out)
-    _write_pictures(folder, dense, sparse, rows, _heading(arguments, size))
+    _write_pictures(folder, scenes, dense, methods, _heading(arguments, size))
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(result, indent=1) + "\n")
     _print_tables(console, result)
     console.print(f"Pictures: {folder}/comparison.png and {folder}/*.gif")
     console.print(CAPTION, style="dim")
-    if report["density"] is None and options.get("method") != "dense":
-        console.print("Nothing became sparse: `sparse-attn explain` says why.", style="bold red")
-        return 1
-    return 0
+    failed = [method for method, made in methods.items() if made.nothing_sparse]
+    for method in failed:
+        console.print(f"Nothing became sparse with {method}: `sparse-attn explain` says why.", style="bold red")
+    return 1 if failed else 0
 
 
-def _generate_both(
+def _check_method(config: Config, steps: int) -> None:
+    """Refuse what would fail only after the dense videos: an unknown method, or steps that the run does not have.
+
+    Raises:
+        SparseAttentionError: there is no such method, or an option does not fit this many steps.
+    """
+    load_strategy(config.method).phase(Moment(0, steps), None, config)
+
+
+def _generate_all(
     arguments: argparse.Namespace,
-    options: Mapping[str, object],
+    chosen: Mapping[str, dict[str, object]],
     size: VideoSize,
     scenes: Sequence[Scene],
     console: Console,
-) -> tuple[Run, Run, dict[str, Any]]:
-    """Dense with plain Inductor, then sparse, each with its own pipeline; and the sparse one's report."""
+) -> tuple[Run, dict[str, MethodRun]]:
+    """Dense with plain Inductor, then each method, each with a pipeline of its own."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    total = (len(scenes) + 1) * arguments.steps
-    runs = []
     with Progress(*columns, console=console) as progress:
-        for label, backend, given in (
-            ("dense  (torch.compile)", "inductor", None),
-            ("sparse (sparse_attn)", "sparse_attn", options),
-        ):
-            task = progress.add_task(label, total=total)
+
+        def generate(label: str, backend: str, options: dict[str, object] | None) -> tuple[Run, WanPipeline]:
+            task = progress.add_task(label, total=(len(scenes) + 1) * arguments.steps)
             pipeline = load_pipeline()
-            compile_transformer(pipeline, backend, given, regional=arguments.regional)
-            runs.append(
-                run_generations(
-                    pipeline,
-                    scenes,
-                    size,
-                    steps=arguments.steps,
-                    seed=arguments.seed,
-                    on_step=lambda _, task=task: progress.advance(task),  # type: ignore[misc]
-                )
+            compile_transformer(pipeline, backend, options, regional=arguments.regional)
+            made = run_generations(
+                pipeline,
+                scenes,
+                size,
+                steps=arguments.steps,
+                seed=arguments.seed,
+                on_step=lambda _: progress.advance(task),
             )
-    report: dict[str, Any] = sparse_compile.explain(pipeline).to_dict()
-    return runs[0], runs[1], report
+            return made, pipeline
+
+        dense, _ = generate("dense (torch.compile)", "inductor", None)
+        methods = {}
+        for method, options in chosen.items():
+            made, pipeline = generate(f"{_shown(method)} (sparse_attn)", "sparse_attn", options)
+            report: dict[str, Any] = sparse_compile.explain(pipeline).to_dict()
+            rows = _rows(scenes, measure(made.videos, dense.videos), report)
+            methods[method] = MethodRun(resolved_options(options), made, report, rows)
+    return dense, methods
 
 
 def _rows(scenes: Sequence[Scene], measured: list[dict[str, float]], report: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """One row a video: prompt, densities of its own generation where the report has them, metrics."""
+    """One row a video: prompt, figures of its own generation where the report has them, metrics."""
     generations = report["generations"][-len(scenes) :]
     if len(generations) < len(scenes):
         generations = [report] * len(scenes)
@@ -104,19 +150,25 @@ def _rows(scenes: Sequence[Scene], measured: list[dict[str, float]], report: Map
             "prompt": str(scene),
             "density": generation["density"],
             "density_run": generation["density_run"],
+            "kept_mass": generation["kept_mass"],
             **figures,
         }
         for scene, figures, generation in zip(scenes, measured, generations, strict=True)
     ]
 
 
+def _mean(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
+    """The mean of each figure over the videos that have it."""
+    known = {name: [row[name] for row in rows if row[name] is not None] for name in rows[0] if name != "prompt"}
+    return {name: fmean(values) if values else None for name, values in known.items()}
+
+
 def _result(
     arguments: argparse.Namespace,
-    options: Mapping[str, object],
     size: VideoSize,
-    runs: tuple[Run, Run],
-    rows: list[dict[str, Any]],
-    report: dict[str, Any],
+    scenes: Sequence[Scene],
+    dense: Run,
+    methods: Mapping[str, MethodRun],
 ) -> dict[str, Any]:
     """Everything the demo found, as JSON holds it."""
     return {
@@ -131,59 +183,94 @@ def _result(
         "steps": arguments.steps,
         "seed": arguments.seed,
         "regional": arguments.regional,
-        "options": dict(options),
-        "seconds": {
-            name: {"compile": run.compile_seconds, "run": run.mean_seconds, "each": list(run.seconds)}
-            for name, run in zip(("dense", "sparse"), runs, strict=True)
+        "prompts": [str(scene) for scene in scenes],
+        "dense": {"seconds": _seconds(dense)},
+        "runs": {
+            method: {
+                "options": made.options,
+                "seconds": _seconds(made.run),
+                "videos": made.rows,
+                "mean": _mean(made.rows),
+                "report": made.report,
+            }
+            for method, made in methods.items()
         },
-        "videos": rows,
-        "report": report,
     }
+
+
+def _seconds(run: Run) -> dict[str, Any]:
+    return {"compile": run.compile_seconds, "run": run.mean_seconds, "each": list(run.seconds)}
 
 
 def _heading(arguments: argparse.Namespace, size: VideoSize) -> str:
     return f"{size} pixels, {size.tokens} tokens, {arguments.steps} steps, seed {arguments.seed}"
 
 
-def _write_pictures(folder: Path, dense: Run, sparse: Run, rows: list[dict[str, Any]], heading: str) -> None:
+def _shown(method: str) -> str:
+    """What people read: the class of a plug-in; the method that makes everything dense apart from the dense run."""
+    return "method dense" if method == "dense" else method.rpartition(":")[2]
+
+
+def _file_name(method: str) -> str:
+    """What the method is called in names of files: ``module:Class`` has a character that not all systems allow."""
+    return re.sub(r"\W+", "_", _shown(method) if method == "dense" else method, flags=re.ASCII)
+
+
+def _write_pictures(
+    folder: Path, scenes: Sequence[Scene], dense: Run, methods: Mapping[str, MethodRun], heading: str
+) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     comparisons = []
-    for number, row in enumerate(rows):
-        density = _figure(row["density"], 2)
-        caption = f"density {density}   ·   PSNR {row['psnr']:.1f} dB   ·   SSIM {row['ssim']:.3f}"
-        title = row["prompt"].capitalize()
-        comparison = Comparison(title, caption, dense.videos[number], sparse.videos[number])
-        write_gif(comparison.dense, folder / f"video_{number}_dense.gif")
-        write_gif(comparison.sparse, folder / f"video_{number}_sparse.gif")
+    for number, scene in enumerate(scenes):
+        variants = []
+        write_gif(dense.videos[number], folder / f"video_{number}_dense.gif")
+        for method, made in methods.items():
+            row, video = made.rows[number], made.run.videos[number]
+            notes = (
+                f"density {_figure(row['density'], 2)}",
+                f"PSNR {_figure(row['psnr'], 1)} dB",
+                f"SSIM {_figure(row['ssim'], 3)}",
+            )
+            variants.append(Variant(_shown(method), video, notes))
+            write_gif(video, folder / f"video_{number}_{_file_name(method)}.gif")
+        comparison = Comparison(str(scene).capitalize(), dense.videos[number], tuple(variants))
         write_side_by_side_gif(comparison, folder / f"video_{number}_side_by_side.gif")
         comparisons.append(comparison)
     write_contact_sheet(comparisons, folder / "comparison.png", heading=heading)
 
 
 def _print_tables(console: Console, result: Mapping[str, Any]) -> None:
-    quality = Table(title="Sparse against dense, same noise", title_justify="left", caption_justify="left")
-    quality.add_column("video", justify="right")
-    for name in ("density", "density_run", "PSNR dB", "SSIM", "flicker gap"):
-        quality.add_column(name, justify="right")
-    for number, row in enumerate(result["videos"]):
-        console.print(f"Video {number}: {row['prompt']}", highlight=False)
-        quality.add_row(
-            str(number),
-            _figure(row["density"], 3),
-            _figure(row["density_run"], 3),
-            _figure(row["psnr"], 1),
-            _figure(row["ssim"], 3),
-            _figure(row["flicker_gap"], 3),
-        )
+    for number, prompt in enumerate(result["prompts"]):
+        console.print(f"Video {number}: {prompt}", highlight=False)
+    quality = Table(
+        title="Sparse against dense, same noise",
+        title_justify="left",
+        caption=QUALITY_NOTE,
+        caption_justify="left",
+    )
+    quality.add_column("method")
+    for heading in ("video", *(heading for heading, _ in FIGURES.values())):
+        quality.add_column(heading, justify="right")
     times = Table(title="Seconds", title_justify="left", caption=SECONDS_NOTE, caption_justify="left")
     times.add_column("attention")
-    for name in ("run", "compile", "compilations"):
-        times.add_column(name, justify="right")
-    compilations = {"dense": "-", "sparse": str(result["report"]["compilations"])}
-    for name, seconds in result["seconds"].items():
-        times.add_row(name, _figure(seconds["run"], 2), _figure(seconds["compile"], 1), compilations[name])
+    for heading in ("run", "compile", "compilations"):
+        times.add_column(heading, justify="right")
+    _add_times(times, "dense", result["dense"]["seconds"], "-")
+    for method, made in result["runs"].items():
+        rows = [(str(number), row) for number, row in enumerate(made["videos"])]
+        if len(rows) > 1:
+            rows.append(("mean", made["mean"]))
+        for video, row in rows:
+            figures = (_figure(row[name], digits) for name, (_, digits) in FIGURES.items())
+            quality.add_row(_shown(method), video, *figures, style="bold" if video == "mean" else None)
+        quality.add_section()
+        _add_times(times, _shown(method), made["seconds"], str(made["report"]["compilations"]))
     console.print(quality)
     console.print(times)
+
+
+def _add_times(table: Table, name: str, seconds: Mapping[str, float], compilations: str) -> None:
+    table.add_row(name, _figure(seconds["run"], 2), _figure(seconds["compile"], 1), compilations)
 
 
 def _figure(value: float | None, digits: int) -> str:

@@ -53,8 +53,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     demo = commands.add_parser(
         "demo",
-        help="generate small videos densely and sparsely, compare them",
-        description="Generate the same small videos with dense and with sparse attention, and compare them.",
+        help="generate small videos densely and with each method, compare them",
+        description="Generate the same small videos with dense attention and with each method, and compare them. "
+        "--options method=NAME runs that method alone. Exit code 1: a method made nothing sparse.",
     )
     _add_run_arguments(demo, steps=20, size=SIZES[0])
     demo.add_argument("--prompts", type=_positive, default=2, metavar="N", help="how many videos (default: 2)")
@@ -64,10 +65,24 @@ def build_parser() -> argparse.ArgumentParser:
     explain = commands.add_parser(
         "explain",
         help="say which attentions of the demo model became sparse, and why the others did not",
-        description="Run a few steps of the demo pipeline and print what was done with each attention.",
+        description="Run a few steps of the demo pipeline and print what was done with each attention, by svg2 or by "
+        "the method of --options method=NAME.",
     )
     _add_run_arguments(explain, steps=5, size=SIZES[1])
     explain.add_argument("--json", nargs="?", const="-", metavar="FILE", help="JSON, to FILE or to the terminal")
+
+    bench = commands.add_parser(
+        "bench",
+        help="compare methods and corrections with dense attention on the demo model",
+        description="Generate the same videos densely and with each method and correction; print how close they are.",
+    )
+    bench.set_defaults(needs_extra=True)
+    bench.add_argument("what", choices=("quality",), help="what to measure")
+    bench.add_argument("--quick", action="store_true", help="4 videos of the smaller size instead of 8 of the larger")
+    bench.add_argument("--videos", type=_positive, metavar="N", help="how many videos")
+    bench.add_argument("--steps", type=_positive, default=20, help="denoising steps (default: 20)")
+    bench.add_argument("--seed", type=int, default=0, help="of the starting noise and of the prompts (default: 0)")
+    bench.add_argument("--json", metavar="FILE", help="write one line of JSON per configuration to FILE")
 
     doctor = commands.add_parser(
         "doctor",

@@ -24,7 +24,8 @@ def options_table() -> str:
     lines = ["| option | default | values | meaning |", "| --- | --- | --- | --- |"]
     for name, option in declared_options().items():
         default = _shown(getattr(defaults, name), option.accepts)
-        lines.append(f"| `{name}` | {default} | {option.accepts} | {option.doc} |")
+        meaning = option.doc if option.method is None else f"{option.method}: {option.doc}"
+        lines.append(f"| `{name}` | {default} | {option.accepts} | {meaning} |")
     return "\n".join(lines)
 
 
@@ -56,6 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _shown(default: object, accepts: str) -> str:
     if default is None:
         return "auto" if "auto" in accepts else "none"
+    if isinstance(default, tuple):
+        return ", ".join(map(str, default))
     return str(default).lower() if isinstance(default, bool) else str(default)
 
 

@@ -200,16 +200,16 @@ def _awake(layers: Sequence[_Layer], kept_dense: Sequence[bool]) -> list[Site]:
 
 
 def _slots(states: Sequence[StateInput], layers: Sequence[_Layer]) -> list[Slot]:
-    """Which layer each site's state belongs to; the log, last of the specs, is the Layer's own."""
+    """Which layer each site's state belongs to, and its specs as the Region can evaluate them."""
     places = {layer.owner.name: place for place, layer in enumerate(layers)}
     slots = []
     for state in states:
         assert state.site.owner is not None, "only sites with an owner are rewritten"
         specs = tuple(
             TensorSpec(tuple(map(torch_internals.expression_of, spec.shape)), spec.dtype, spec.device)
-            for spec in state.specs[:-1]
+            for spec in state.specs
         )
-        slots.append(Slot(places[state.site.owner.name], state.site.ordinal, specs, state.site.device, state.logged))
+        slots.append(Slot(places[state.site.owner.name], state.site.ordinal, specs, state.logged))
     return slots
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,12 +11,17 @@ import torch
 from diffusers import WanPipeline
 from torch import Tensor
 
-from sparse_compile.config import Config
+from sparse_compile.config import BUILT_IN_METHODS, ENV_PREFIX, FOREIGN_VARIABLES, Config, declared_options
 from sparse_compile.evaluation import metrics
 from sparse_compile.evaluation.demo_model import Scene, VideoSize, generate
 
-DEMO_OPTIONS: Mapping[str, object] = {"min_tokens": 64, "density": 0.3, "q_clusters": 24, "k_clusters": 72}
-"""What suits a sequence of about a thousand tokens: the defaults are made for a hundred thousand."""
+DEMO_OPTIONS: Mapping[str, Mapping[str, object]] = {
+    "svg2": {"min_tokens": 64, "density": 0.25, "q_clusters": 24, "k_clusters": 72},
+    "adaspa": {"min_tokens": 64, "sparsity": 0.75, "block_size": 16},
+}
+"""What suits a sequence of about a thousand tokens, by method: the defaults are made for a hundred thousand."""
+PLUG_IN_OPTIONS: Mapping[str, object] = {"min_tokens": 64}
+"""The same for a method that is not built in, whose options nobody knows here."""
 METRICS = (metrics.psnr, metrics.psnr_frame, metrics.ssim, metrics.flicker_gap)
 
 
@@ -42,19 +48,90 @@ class Run:
         return max(0.0, self.first_seconds - self.seconds[0])
 
 
-def demo_options(given: Mapping[str, object]) -> dict[str, object]:
-    """The options of a demo run: what was given, else the environment, else `DEMO_OPTIONS`.
+def demo_runs(given: Mapping[str, object], environ: Mapping[str, str] | None = None) -> dict[str, dict[str, object]]:
+    """The options of each run of the demo, by method.
+
+    A method that was chosen, in ``given`` or in the environment, runs alone with everything that was given. Otherwise
+    each built-in method runs, with what belongs to it and what belongs to no method.
+
+    Args:
+        given: what the user asked for.
+        environ: the variables to read; the process's own by default.
 
     Raises:
-        SparseAttentionError: an option is unknown or out of range.
+        SparseAttentionError: an option is unknown, out of range, or belongs to another method than the chosen one.
     """
-    chosen = set(given) | set(Config.from_options({}).changed())
-    options = {name: value for name, value in DEMO_OPTIONS.items() if name not in chosen}
+    variables = _options_in(environ)
+    if "method" in given or "method" in variables:
+        options = demo_options(given, environ)
+        return {str(options["method"]): options}
+    runs = {}
+    for method in BUILT_IN_METHODS:
+        # The backend reads the environment too: what it holds for the other method is set back to its default.
+        others = {name: getattr(Config, name) for name in variables if not _belongs(name, method)}
+        own = {name: value for name, value in given.items() if _belongs(name, method)}
+        runs[method] = demo_options({"method": method, **others, **own}, environ)
+    return runs
+
+
+def demo_options(given: Mapping[str, object], environ: Mapping[str, str] | None = None) -> dict[str, object]:
+    """The options of one run: what was given, else the environment, else what suits the method in a small video.
+
+    Args:
+        given: what the user asked for; without ``method``, that of the environment or the default runs.
+        environ: the variables to read; the process's own by default.
+
+    Raises:
+        SparseAttentionError: an option is unknown, out of range, or belongs to another method.
+    """
+    variables = _options_in(environ)
+    method = str(given.get("method", variables.get("method", Config.method)))
+    chosen = {*given, *variables}
+    options = {name: value for name, value in _suited_to(method).items() if name not in chosen}
     if "top_p" in chosen:
         options.pop("density", None)  # it would replace the top_p that was asked for
-    options.update(given)
-    Config.from_options(options)
+    options = {"method": method, **options, **given}
+    Config.from_options(options, environ)
     return options
+
+
+def resolved_options(options: Mapping[str, object], environ: Mapping[str, str] | None = None) -> dict[str, object]:
+    """The options of a run as the backend reads them: its values for all that were set, and the correction at work.
+
+    Args:
+        options: from `demo_options` or `demo_runs`.
+        environ: the variables to read; the process's own by default.
+    """
+    config = Config.from_options(options, environ)
+    chosen = {"method", "correction", *options, *_options_in(environ)}
+    resolved = {
+        name: getattr(config, name) for name in declared_options() if name in chosen and _belongs(name, config.method)
+    }
+    if config.method in BUILT_IN_METHODS and config.correction == "auto":
+        resolved["correction"] = "coupled"
+    return resolved
+
+
+def _suited_to(method: str) -> Mapping[str, object]:
+    return DEMO_OPTIONS.get(method, PLUG_IN_OPTIONS)
+
+
+def _belongs(name: str, method: str) -> bool:
+    """Whether a run of this method takes the option. One that is not built in takes all; unknown ones are refused."""
+    option = declared_options().get(name)
+    owner = None if option is None else option.method
+    return owner in (None, method) or method not in BUILT_IN_METHODS
+
+
+def _options_in(environ: Mapping[str, str] | None) -> dict[str, str]:
+    """The options that the environment names, also those that it sets to their defaults."""
+    known = declared_options()
+    variables = {
+        variable.removeprefix(ENV_PREFIX).lower(): value
+        for variable, value in (os.environ if environ is None else environ).items()
+        if variable.startswith(ENV_PREFIX) and variable not in FOREIGN_VARIABLES
+    }
+    return {name: value for name, value in variables.items() if name in known}
 
 
 def compile_transformer(

@@ -87,7 +87,7 @@ def insert_sparse_attention(
             notes.append(f"{site.name}: dense")
             continue
         specs = dict(planner.strategy.state(site, planner.config))
-        specs[LOG] = log_spec(site.device)
+        specs[LOG] = log_spec(site.device, site.query.meta["example_value"].shape[1])
         inputs, examples = _add_placeholders(graph, specs, fake_mode, mark_state)
         builder = SiteBuilder(graph, site, inputs, planner.config, kernel)
         with graph.inserting_before(site.node):
@@ -189,7 +189,7 @@ class SiteBuilder:
         node = self.site.query if side == "query" else self.site.key
         assert layout is not None, "classify_sites fills the layout"
         bounds: list[Any] = []
-        for start, stop in visual_runs(layout):
+        for start, stop in layout.visual_runs():
             bounds += [self._bound(layout, start, node), self._bound(layout, stop, node)]
         return bounds
 
@@ -243,16 +243,3 @@ class SiteBuilder:
         if isinstance(right, int) and right == 0:
             return left
         return self._with_meta(self.graph.call_function(operation, (left, right)))
-
-
-def visual_runs(layout: TokenLayout) -> list[tuple[int, int]]:
-    """(first, behind last) part of each run of neighbouring visual parts."""
-    runs: list[tuple[int, int]] = []
-    for index, part in enumerate(layout.parts):
-        if not part.visual:
-            continue
-        if runs and runs[-1][1] == index:
-            runs[-1] = (runs[-1][0], index + 1)
-        else:
-            runs.append((index, index + 1))
-    return runs

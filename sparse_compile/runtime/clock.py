@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from sparse_compile.config import layer_ranges
 from sparse_compile.errors import SparseAttentionError, StrictModeError
+from sparse_compile.option_values import layer_ranges
 from sparse_compile.phases import Moment, Phase
 
 if TYPE_CHECKING:

@@ -12,10 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from sparse_compile.call_log import log_spec
 from sparse_compile.errors import SparseAttentionError
 from sparse_compile.phases import Phase
 from sparse_compile.plan import TensorSpec
@@ -30,13 +28,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Slot:
-    """The state inputs of one rewritten site: whose they are, and their shapes (ints or sympy expressions)."""
+    """The state inputs of one rewritten site: whose they are, and their specs (sizes are ints or sympy expressions)."""
 
     owner: int
     """Position of its layer among the Region's layers."""
     ordinal: int
     specs: tuple[TensorSpec, ...]
-    device: torch.device
+    """In the order of the graph's inputs; the last one is the call log's."""
     logged: bool
     """Whether each call writes a row of the call log."""
 
@@ -204,7 +202,7 @@ class Region:
         of_owner = dict(zip(self._sparse_owners, states, strict=True))
         tensors, fresh = [], False
         for slot, specs in zip(self._slots, self._specs(args), strict=True):
-            found, new = group.layers[slot.owner].tensors(of_owner[slot.owner], slot.ordinal, specs, slot.device)
+            found, new = group.layers[slot.owner].tensors(of_owner[slot.owner], slot.ordinal, specs[:-1], specs[-1])
             tensors += found
             fresh = fresh or new
         if fresh:  # tensors of another size were replaced: no other graph of these layers may hold on to them
@@ -225,10 +223,7 @@ class Region:
 
     def _empty_state(self, args: Sequence[Any]) -> list[Tensor]:
         """State that nobody keeps, for a graph that runs without its guard: a sparse call attends to everything."""
-        tensors = []
-        for slot, specs in zip(self._slots, self._specs(args), strict=True):
-            tensors += [allocate(spec) for spec in (*specs, log_spec(slot.device))]
-        return tensors
+        return [allocate(spec) for specs in self._specs(args) for spec in specs]
 
 
 class Witness:

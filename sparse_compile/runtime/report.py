@@ -1,24 +1,32 @@
-"""The Report: what was rewritten and why not, and what each step cost and kept.
-
-The host logs (step, branch, phase) of every call; the device logs (density, kept mass, non-finite). They are joined
-here, when somebody asks, which is the only time the host reads the device.
-"""
+"""The Report: what was rewritten and why not, and what each step and head cost and kept."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from sparse_compile.call_log import CallRow, read_rows
 from sparse_compile.phases import Phase
+from sparse_compile.runtime.figures import (
+    GenerationReport,
+    HeadReport,
+    StepReport,
+    generations_of,
+    heads_of,
+    mean_of_known,
+    uniformity_warning,
+)
 from sparse_compile.sites import Reason, Site
 
 if TYPE_CHECKING:
     from sparse_compile.runtime.registry import Registry
-    from sparse_compile.runtime.state import Call, Layer
+    from sparse_compile.runtime.state import Layer
+
+MOST_HEADS = 8
+"""Heads whose values the printed report lists; of more it gives range and mean."""
 
 
 @dataclass(frozen=True)
@@ -79,29 +87,6 @@ class GraphRecord:
 
 
 @dataclass
-class StepReport:
-    """One step of one branch. Densities are means over the layers that ran sparsely, 1.0 where none did."""
-
-    step: int
-    branch: str
-    phase: str
-    density: float
-    kept_mass: float | None
-    non_finite: int
-    density_run: float
-    """The same with dense calls counted as 1."""
-
-
-@dataclass
-class GenerationReport:
-    """One generation, oldest step first."""
-
-    steps: list[StepReport]
-    density: float | None
-    density_run: float | None
-
-
-@dataclass
 class Report:
     """What `sparse_compile.explain` returns; prints as a table."""
 
@@ -110,6 +95,8 @@ class Report:
     other_compilations: int = 0
     """Graphs of this process without any Parameter: pieces around a graph break, of this model or another."""
     generations: list[GenerationReport] = field(default_factory=list)
+    heads: list[HeadReport] = field(default_factory=list)
+    """Of the newest generation, in the order of the layers."""
     warnings: list[str] = field(default_factory=list)
 
     @property
@@ -122,6 +109,11 @@ class Report:
         """The same with dense calls counted as 1."""
         return self.generations[-1].density_run if self.generations else None
 
+    @property
+    def kept_mass(self) -> float | None:
+        """Mean share of the attention mass that the same sparse calls kept; None where it was not measured."""
+        return self.generations[-1].kept_mass if self.generations else None
+
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data."""
         return {
@@ -130,7 +122,9 @@ class Report:
             "other_compilations": self.other_compilations,
             "density": self.density,
             "density_run": self.density_run,
+            "kept_mass": self.kept_mass,
             "generations": [asdict(generation) for generation in self.generations],
+            "heads": [asdict(heads) for heads in self.heads],
             "warnings": list(self.warnings),
         }
 
@@ -145,6 +139,9 @@ class Report:
         for number, generation in enumerate(self.generations, 1):
             lines += ["", f"generation {number}: {_summary(generation)}"]
             lines += _table(("steps", "branch", "phase", "density", "kept mass"), _runs(generation.steps))
+        if self.heads:
+            lines += ["", "newest sparse call, per head"]
+            lines += _table(("layer", "branch", "density", "kept mass"), [_head_row(heads) for heads in self.heads])
         return "\n".join(lines + [f"warning: {warning}" for warning in self.warnings])
 
 
@@ -156,19 +153,18 @@ def build_report(models: Mapping[str, nn.Module], registry: Registry) -> Report:
         registry: where to look.
     """
     report = Report()
-    layers: list[Layer] = []
+    layers: list[tuple[str, Layer]] = []
     for prefix, model in models.items():
-        names = {parameter: name for name, parameter in model.named_parameters()}
+        names = {parameter: _path(prefix, name) for name, parameter in model.named_parameters()}
         for parameter, records in registry.recorded(names):
-            path = ".".join([*([prefix] if prefix else []), *names[parameter].split(".")[:-2]])  # type: ignore[index]  # a Parameter
+            path = names[parameter]  # type: ignore[index]  # a Parameter
             report.compilations += len(records.graphs)
             report.warnings += [graph.warning for graph in records.graphs if graph.warning]
             own = registry.layers_of(parameter)
             kept_dense = bool(own) and all(layer.kept_dense for layer in own)
             report.sites += [_site_row(record, path, kept_dense) for record in records.sites.values()]
             report.sites += [site for graph in records.graphs for site in graph.sites]
-        for parameter in names:
-            layers += registry.layers_of(parameter)
+        layers += [(path, layer) for parameter, path in names.items() for layer in registry.layers_of(parameter)]
     unowned = list(registry.unowned)
     report.other_compilations = len(unowned)
     report.sites += [
@@ -178,7 +174,7 @@ def build_report(models: Mapping[str, nn.Module], registry: Registry) -> Report:
     ]
     report.warnings += [graph.warning for graph in unowned if graph.warning]
     report.sites = list(dict.fromkeys(report.sites))
-    claims = dict.fromkeys(layer.claim for layer in layers if layer.claim is not None)
+    claims = dict.fromkeys(layer.claim for _, layer in layers if layer.claim is not None)
     if mismatches := sum(claim.mismatches for claim in claims):
         report.warnings.append(f"{mismatches} calls ran a graph of another phase; is a guard filter in use?")
     if repeated := sum(claim.repeated_calls for claim in claims):
@@ -186,8 +182,16 @@ def build_report(models: Mapping[str, nn.Module], registry: Registry) -> Report:
             f"{repeated} calls came again in the same step and branch and attended to everything: give them a branch"
             " name of their own, or move the clock"
         )
-    report.generations = _generations(layers)
+    report.generations = generations_of(layer for _, layer in layers)
+    report.heads = heads_of(layers)
+    if uniform := uniformity_warning(report.heads):
+        report.warnings.append(uniform)
     return report
+
+
+def _path(prefix: str, parameter: str) -> str:
+    """The module around the projection that a Parameter belongs to: the name of a layer."""
+    return ".".join([*([prefix] if prefix else []), *parameter.split(".")[:-2]])
 
 
 def _site_row(record: SiteRecord, path: str, kept_dense: bool) -> SiteRecord:
@@ -198,59 +202,11 @@ def _site_row(record: SiteRecord, path: str, kept_dense: bool) -> SiteRecord:
     return SiteRecord(**values)
 
 
-def _generations(layers: Iterable[Layer]) -> list[GenerationReport]:
-    calls: dict[tuple[int, int, str], list[tuple[Call, CallRow | None]]] = {}
-    for layer in layers:
-        logs = {branch: [read_rows(log) for log in state.logs.values()] for branch, state in layer.branches.items()}
-        for call in layer.history:
-            key = (call.generation, call.step, str(call.branch))
-            if call.row is None:
-                calls.setdefault(key, []).append((call, None))
-            for row in _rows_of(call, logs.get(call.branch, [])):
-                calls.setdefault(key, []).append((call, row))
-    generations: dict[int, list[StepReport]] = {}
-    for (generation, step, branch), made in sorted(calls.items(), key=lambda item: item[0][:2]):
-        generations.setdefault(generation, []).append(_step(step, branch, made))
-    return [_generation(steps) for _, steps in sorted(generations.items())]
-
-
-def _generation(steps: list[StepReport]) -> GenerationReport:
-    sparse = [step.density for step in steps if step.phase != Phase.DENSE]
-    return GenerationReport(steps, _mean(sparse) if sparse else None, _mean(step.density_run for step in steps))
-
-
-def _rows_of(call: Call, logs: list[tuple[int, list[CallRow]]]) -> list[CallRow]:
-    """The device's rows of one call, one per site of the layer, less those that the ring has lost."""
-    if call.row is None:
-        return []
-    places = [(call.row - (written - len(rows)), rows) for written, rows in logs]
-    return [rows[at] for at, rows in places if 0 <= at < len(rows)]
-
-
-def _step(step: int, branch: str, made: list[tuple[Call, CallRow | None]]) -> StepReport:
-    rows = [row for _, row in made if row is not None]
-    phases = [str(call.phase) for call, _ in made if call.phase is not Phase.DENSE]
-    masses = [row.kept_mass for row in rows if row.kept_mass is not None]
-    return StepReport(
-        step=step,
-        branch=branch,
-        phase="+".join(dict.fromkeys(phases)) or str(Phase.DENSE),
-        density=_mean([row.density for row in rows] or [1.0]),
-        kept_mass=_mean(masses) if masses else None,
-        non_finite=sum(row.non_finite for row in rows),
-        density_run=_mean(1.0 if row is None else row.density for _, row in made),
-    )
-
-
-def _mean(values: Iterable[float]) -> float:
-    numbers = list(values)
-    return sum(numbers) / len(numbers)
-
-
 def _summary(generation: GenerationReport) -> str:
     if generation.density is None:
         return f"{len(generation.steps)} calls, all dense"
-    return f"density {generation.density:.3f} in sparse calls, density_run {generation.density_run:.3f} over all"
+    mass = "" if generation.kept_mass is None else f", kept mass {generation.kept_mass:.3f}"
+    return f"density {generation.density:.3f} in sparse calls, density_run {generation.density_run:.3f} over all{mass}"
 
 
 def _runs(steps: list[StepReport]) -> list[tuple[str, ...]]:
@@ -266,17 +222,33 @@ def _runs(steps: list[StepReport]) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = []
     for run in runs:
         first, last = run[0], run[-1]
-        masses = [step.kept_mass for step in run if step.kept_mass is not None]
+        mass = mean_of_known(step.kept_mass for step in run)
         rows.append(
             (
                 str(first.step) if first is last else f"{first.step}-{last.step}",
                 first.branch,
                 first.phase,
-                f"{_mean(step.density for step in run):.3f}",
-                f"{_mean(masses):.3f}" if masses else "-",
+                f"{fmean(step.density for step in run):.3f}",
+                "-" if mass is None else f"{mass:.3f}",
             )
         )
     return rows
+
+
+def _head_row(heads: HeadReport) -> tuple[str, ...]:
+    layer = f"{heads.layer}, attention {heads.ordinal + 1}" if heads.ordinal else heads.layer
+    masses = "-" if heads.kept_mass is None else _of_heads(heads.kept_mass)
+    return (layer, heads.branch, _of_heads(heads.density), masses)
+
+
+def _of_heads(values: Sequence[float]) -> str:
+    """One number where all heads agree, else all of them, or range and mean where there are many."""
+    least, most = f"{min(values):.3f}", f"{max(values):.3f}"
+    if least == most:
+        return least
+    if len(values) > MOST_HEADS:
+        return f"{least}-{most}, mean {fmean(values):.3f}"
+    return " ".join(f"{value:.2f}" for value in values)
 
 
 def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from sparse_compile.call_log import log_spec, read_rows
+from sparse_compile.call_log import carry_over, read_rows
 from sparse_compile.phases import Phase
 from sparse_compile.plan import TensorSpec
 from sparse_compile.strategies.base import Planner
@@ -126,17 +126,20 @@ class Layer:
             state.rows = max((read_rows(log)[0] for log in state.logs.values()), default=0)
 
     def tensors(
-        self, state: BranchState, ordinal: int, specs: Sequence[TensorSpec], device: torch.device
+        self, state: BranchState, ordinal: int, specs: Sequence[TensorSpec], log_spec: TensorSpec
     ) -> tuple[list[Tensor], bool]:
-        """The state tensors of one site, followed by its log; and whether they had to be made anew."""
+        """The state tensors of one site, followed by its log; and whether the state had to be made anew.
+
+        A log of another device or number of heads is replaced too, but keeps its rows: the history counts them.
+        """
         found = state.tensors.get(ordinal)
         fresh = found is None or [TensorSpec(tuple(t.shape), t.dtype, t.device) for t in found] != list(specs)
         if found is None or fresh:
             found = state.tensors[ordinal] = [allocate(spec) for spec in specs]
         log = state.logs.get(ordinal)
-        stays = log is not None and log.device == device
+        stays = log is not None and log.device == log_spec.device and log.shape == log_spec.shape
         if log is None or not stays:
-            log = state.logs[ordinal] = allocate(log_spec(device)) if log is None else moved(log, device)
+            log = state.logs[ordinal] = allocate(log_spec) if log is None else renewed(log, log_spec)
         if self.claim is not None and (fresh or not stays):
             self.claim.changes += 1
         return [*found, log], fresh
@@ -148,10 +151,12 @@ def allocate(spec: TensorSpec) -> Tensor:
         return torch.zeros(spec.shape, dtype=spec.dtype, device=spec.device)
 
 
-def moved(log: Tensor, device: torch.device) -> Tensor:
-    """A call log on the device that its model has moved to."""
+def renewed(log: Tensor, spec: TensorSpec) -> Tensor:
+    """A call log of other heads, or on the device that its model has moved to, with the rows of the old one."""
+    new = allocate(spec)
     with _allocation, torch.inference_mode(False), torch.no_grad():
-        return log.to(device)
+        carry_over(log, new)
+    return new
 
 
 class Gathered(NamedTuple):

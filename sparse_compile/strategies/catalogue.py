@@ -11,6 +11,7 @@ from collections.abc import Callable
 from importlib.metadata import entry_points
 
 from sparse_compile.errors import SparseAttentionError
+from sparse_compile.strategies.adaspa import AdaSpa
 from sparse_compile.strategies.base import Strategy
 from sparse_compile.strategies.svg2 import Svg2
 
@@ -25,6 +26,8 @@ def load_strategy(method: str) -> Strategy:
     """
     if method in (Svg2.name, "dense"):
         return Svg2()
+    if method == AdaSpa.name:
+        return AdaSpa()
     strategy = _load_class(method)()
     if not isinstance(strategy, Strategy):
         raise SparseAttentionError(
@@ -50,7 +53,7 @@ def _load_class(method: str) -> Callable[[], object]:
         return found
     entries = entry_points(group=GROUP, name=method)
     if not entries:
-        names = sorted({Svg2.name, "dense", *entry_points(group=GROUP).names})
+        names = sorted({Svg2.name, AdaSpa.name, "dense", *entry_points(group=GROUP).names})
         raise SparseAttentionError(
             "option 'method' must name an installed strategy",
             method,

@@ -14,6 +14,7 @@ import torch
 from sparse_compile.phases import Moment, Phase
 from sparse_compile.plan import TensorSpec
 from sparse_compile.sites import Reason
+from sparse_compile.strategies.sparse_attention import PlanNodes, write_sparse_attention
 
 if TYPE_CHECKING:
     from torch.fx import Node
@@ -103,22 +104,8 @@ class Svg2:
             build.padded_queries_attend(),
             config.seed,
         )
-        attention = build.call(
-            "block_sparse_attention",
-            build.query,
-            build.key,
-            build.value,
-            q_order,
-            q_offsets,
-            k_order,
-            k_offsets,
-            keep,
-            non_finite,
-            build.log(),
-            build.scale,
-            build.token_major(),
-        )
-        return build.item(attention, 0)
+        plan = PlanNodes(q_order, q_offsets, k_order, k_offsets, keep)
+        return write_sparse_attention(build, plan, non_finite=non_finite)
 
 
 def query_clusters(tokens: Size, config: Config) -> Size:

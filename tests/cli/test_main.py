@@ -1,5 +1,6 @@
 """The command line: arguments, errors, and a missing extra."""
 
+import importlib
 import importlib.util
 import subprocess
 import sys
@@ -37,9 +38,25 @@ def test_wrong_arguments_end_with_two_and_say_why(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_a_wrong_option_is_named_before_anything_runs(capsys):
-    assert main(["demo", "--options", "topp=0.5"]) == 2
-    assert "got 'topp'. Did you mean 'top_p'?" in capsys.readouterr().err
+@pytest.mark.parametrize("command", ["demo", "explain"])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["topp=0.5"], "got 'topp'. Did you mean 'top_p'?"),
+        (["method=adaspa", "density=0.5"], "option 'density' belongs to method 'svg2', and method is 'adaspa'"),
+    ],
+    ids=["unknown", "of the other method"],
+)
+def test_a_wrong_option_is_named_before_anything_runs(command, options, message, monkeypatch, capsys):
+    module = importlib.import_module(f"sparse_compile.cli.{command}")
+    monkeypatch.setattr(module, "load_pipeline", lambda: pytest.fail("something runs"))
+    assert main([command, "--options", *options]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_explain_is_of_one_method_and_says_how_to_choose_another(capsys):
+    assert main(["explain", "--options", "sparsity=0.5"]) == 2
+    assert "choose method='adaspa'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["demo", "explain"])

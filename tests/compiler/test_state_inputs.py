@@ -56,7 +56,7 @@ def test_addresses_stay_over_steps_and_generations() -> None:
     def addresses() -> dict[object, list[int]]:
         layers = [layer for p in model.parameters() for layer in REGISTRY.layers_of(p)]
         return {
-            (i, branch): [t.data_ptr() for tensors in state.tensors.values() for t in tensors]
+            (i, branch): [t.data_ptr() for tensors in (*state.tensors.values(), state.logs.values()) for t in tensors]
             for i, layer in enumerate(layers)
             for branch, state in layer.branches.items()
         }
@@ -73,4 +73,4 @@ def test_addresses_stay_over_steps_and_generations() -> None:
             seen.append(addresses())
     assert seen[0] == seen[1]
     flat = [address for addresses in seen[0].values() for address in addresses]
-    assert len(set(flat)) == len(flat) == 2 * 2 * 3
+    assert len(set(flat)) == len(flat) == 2 * 2 * 4

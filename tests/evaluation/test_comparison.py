@@ -3,13 +3,15 @@
 import pytest
 import torch
 
+from sparse_compile.config import Config
 from sparse_compile.errors import SparseAttentionError
 from sparse_compile.evaluation.comparison import (
-    DEMO_OPTIONS,
     Run,
     compile_transformer,
     demo_options,
+    demo_runs,
     measure,
+    resolved_options,
     run_generations,
 )
 from sparse_compile.evaluation.demo_model import VideoSize, demo_scenes, generate, load_pipeline
@@ -18,23 +20,117 @@ from sparse_compile.evaluation.metrics import to_unit_range
 SMALL = VideoSize(4, 32, 32)
 
 
-def test_what_is_given_wins_over_the_options_of_the_demo():
-    assert demo_options({}) == dict(DEMO_OPTIONS)
-    assert demo_options({"density": "0.5"}) == {**DEMO_OPTIONS, "density": "0.5"}
+SVG2 = {"method": "svg2", "min_tokens": 64, "density": 0.25, "q_clusters": 24, "k_clusters": 72}
+ADASPA = {"method": "adaspa", "min_tokens": 64, "sparsity": 0.75, "block_size": 16}
+PLUG_IN = {"method": "module:Class", "min_tokens": 64}
 
 
-def test_the_environment_wins_over_the_options_of_the_demo(monkeypatch):
-    monkeypatch.setenv("SPARSE_ATTN_K_CLUSTERS", "40")
-    assert "k_clusters" not in demo_options({})
+@pytest.fixture(autouse=True)
+def no_variables(monkeypatch):
+    for name in ("METHOD", "DENSITY", "SPARSITY", "MIN_TOKENS"):
+        monkeypatch.delenv(f"SPARSE_ATTN_{name}", raising=False)
 
 
-def test_a_top_p_is_not_replaced_by_the_density_of_the_demo():
-    assert "density" not in demo_options({"top_p": "0.8"})
+@pytest.mark.parametrize(
+    ("given", "environ", "expected"),
+    [
+        ({}, {}, SVG2),
+        ({"method": "adaspa"}, {}, ADASPA),
+        ({}, {"SPARSE_ATTN_METHOD": "adaspa"}, ADASPA),
+        ({"method": "svg2"}, {"SPARSE_ATTN_METHOD": "adaspa"}, SVG2),
+        ({"method": "module:Class"}, {}, PLUG_IN),
+        ({"density": "0.5"}, {}, {**SVG2, "density": "0.5"}),
+        ({"method": "adaspa", "block_size": "8"}, {}, {**ADASPA, "block_size": "8"}),
+    ],
+    ids=["default", "adaspa", "environment", "given over environment", "plug-in", "svg2's option", "adaspa's option"],
+)
+def test_a_run_has_what_suits_its_method_and_what_is_given_wins(given, environ, expected):
+    assert demo_options(given, environ) == expected
 
 
-def test_wrong_options_are_refused_before_anything_runs():
-    with pytest.raises(SparseAttentionError, match="Did you mean 'density'"):
-        demo_options({"densty": "0.5"})
+@pytest.mark.parametrize("value", ["40", "auto"], ids=["a value", "the default"])
+def test_the_environment_wins_over_the_options_of_the_demo(value):
+    assert "k_clusters" not in demo_options({}, {"SPARSE_ATTN_K_CLUSTERS": value})
+
+
+def test_the_environment_of_the_process_is_read(monkeypatch):
+    monkeypatch.setenv("SPARSE_ATTN_METHOD", "adaspa")
+    assert list(demo_runs({})) == ["adaspa"]
+
+
+@pytest.mark.parametrize(
+    ("given", "environ"), [({"top_p": "0.8"}, {}), ({}, {"SPARSE_ATTN_TOP_P": "0.8"})], ids=["given", "environment"]
+)
+def test_a_top_p_is_not_replaced_by_the_density_of_the_demo(given, environ):
+    assert "density" not in demo_options(given, environ)
+
+
+def test_without_a_method_each_option_goes_to_the_runs_that_read_it():
+    runs = demo_runs({"density": "0.5", "block_size": "8", "dense_steps": "1"}, {})
+    assert runs == {
+        "svg2": {**SVG2, "density": "0.5", "dense_steps": "1"},
+        "adaspa": {**ADASPA, "block_size": "8", "dense_steps": "1"},
+    }
+
+
+def test_a_variable_of_one_method_leaves_the_run_of_the_other_as_it_was():
+    environ = {"SPARSE_ATTN_DENSITY": "0.5", "SPARSE_ATTN_SEARCH_STEPS": "1", "SPARSE_ATTN_SEED": "3"}
+    configs = {method: Config.from_options(options, environ) for method, options in demo_runs({}, environ).items()}
+    assert (configs["svg2"].density, configs["svg2"].search_steps) == (0.5, Config.search_steps)
+    assert (configs["adaspa"].density, configs["adaspa"].search_steps) == (None, (1,))
+    assert [config.seed for config in configs.values()] == [3, 3]
+
+
+@pytest.mark.parametrize(
+    ("given", "environ", "method"),
+    [
+        ({"method": "svg2", "seed": "3"}, {}, "svg2"),
+        ({"method": "dense", "seed": "3"}, {}, "dense"),
+        ({"method": "module:Class", "seed": "3"}, {}, "module:Class"),
+        ({"seed": "3"}, {"SPARSE_ATTN_METHOD": "svg2"}, "svg2"),
+    ],
+    ids=["built-in", "dense", "plug-in", "environment, though it is the default"],
+)
+def test_a_method_that_was_chosen_runs_alone_with_all_options(given, environ, method):
+    runs = demo_runs(given, environ)
+    assert list(runs) == [method]
+    assert (runs[method]["method"], runs[method]["seed"]) == (method, "3")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"densty": "0.5"}, "Did you mean 'density'"),
+        ({"sparsity": "1.5"}, "'sparsity' must be a number in"),
+        ({"method": "svg2", "sparsity": "0.5"}, "'sparsity' belongs to method 'adaspa'"),
+        ({"method": "adaspa", "density": "0.5"}, "'density' belongs to method 'svg2'"),
+        ({"preset": "fast"}, "comes in a later version"),
+    ],
+    ids=["unknown", "out of range", "adaspa's under svg2", "svg2's under adaspa", "later"],
+)
+def test_wrong_options_are_refused(given, message):
+    with pytest.raises(SparseAttentionError, match=message):
+        demo_runs(given, {})
+
+
+def test_resolved_options_are_the_values_that_the_backend_reads():
+    environ = {"SPARSE_ATTN_DENSITY": "0.5", "SPARSE_ATTN_SEED": "3"}
+    runs = demo_runs({"sparsity": "0.5"}, environ)
+    assert resolved_options(runs["svg2"], environ) == {**SVG2, "density": 0.5, "seed": 3, "correction": "coupled"}
+    assert resolved_options(runs["adaspa"], environ) == {**ADASPA, "sparsity": 0.5, "seed": 3, "correction": "coupled"}
+
+
+@pytest.mark.parametrize(
+    ("given", "correction"),
+    [
+        ({"method": "svg2", "correction": "none"}, "none"),
+        ({"method": "adaspa", "correction": "auto"}, "coupled"),
+        ({"method": "module:Class"}, "auto"),
+    ],
+    ids=["given", "auto", "a plug-in decides itself"],
+)
+def test_the_correction_of_a_run_is_named(given, correction):
+    assert resolved_options(demo_options(given, {}), {})["correction"] == correction
 
 
 def test_every_video_has_its_own_seed_and_the_first_is_also_the_warm_up():

@@ -15,14 +15,14 @@ pytestmark = [
 
 
 def one_site(restart: bool) -> torch.Tensor:
-    """The three ops of an SVG2 site, on joint tokens with padding."""
+    """The four ops of an SVG2 site, on joint tokens with padding."""
     device = torch.device("cuda")
     generator = torch.Generator(device).manual_seed(0)
     q, k, v = (torch.randn(1, 2, 300, 64, device=device, generator=generator) for _ in range(3))
     valid = torch.arange(300, device=device)[None] < 290
     q_centroids, k_centroids = (torch.zeros(1, 2, count, 64, device=device) for count in (8, 24))
     ready = torch.zeros(1, dtype=torch.int32, device=device)
-    spec = log_spec(device)
+    spec = log_spec(device, 2)
     log = torch.zeros(spec.shape, dtype=spec.dtype, device=device)
     ops = torch.ops.sparse_compile
     span = [0, 280]
@@ -35,9 +35,9 @@ def one_site(restart: bool) -> torch.Tensor:
         keep = ops.plan_top_p(
             q_means, k_means, q_offsets, k_offsets, ready, 0.125, 0.9, 0.1, None, "mass", True, 0, "reference"
         )
-        out, _ = ops.block_sparse_attention(
-            q, k, v, q_order, q_offsets, k_order, k_offsets, keep, bad, log, 0.125, True, "reference"
-        )
+        pooled = ops.pooled_keys(k, v, k_order, k_offsets, span, True, "reference")
+        plan = (q_order, q_offsets, k_order, k_offsets, keep)
+        out, _ = ops.block_sparse_attention(q, k, v, *plan, *pooled, None, bad, log, 0.125, True, "reference")
     finally:
         torch.cuda.set_sync_debug_mode("default")
     return out

@@ -8,9 +8,12 @@ import torch.nn.functional as F
 from kernel_oracles import (
     DTYPES,
     IMPLEMENTATIONS,
+    OPS,
+    assert_same_bits,
     attend,
     cluster,
     exact_attention,
+    labels_of,
     make_plan,
     random_plan,
     random_tensor,
@@ -18,8 +21,8 @@ from kernel_oracles import (
 )
 
 from sparse_compile.error_budget import assert_within_error_budget, nan_filled_empty
-from sparse_compile.kernels.block_sparse_attention import cpu
-from sparse_compile.plan import Plan, pack_bits
+from sparse_compile.kernels.block_sparse_attention import cpu, cpu_tail, reference
+from sparse_compile.plan import Plan, PooledKeys, pack_bits
 
 RELATIVE_ERROR = {torch.bfloat16: 3e-3, torch.float16: 4e-4}
 """Largest relative L2 error of 16-bit outputs (docs/svg2.md, section 15)."""
@@ -177,23 +180,38 @@ def test_a_nan_query_gives_a_nan_row_and_no_other(kernel, dtype):
     assert torch.equal(out[~rows], clean[~rows])
 
 
+def pooled_keys(k, v, plan, *, kernel="cpu", coupled=True):
+    *means, coupling = OPS.pooled_keys(k, v, plan.k_order, plan.k_offsets, [0, k.shape[2]], coupled, kernel)
+    return PooledKeys(*means, coupling if coupled else None)
+
+
+def each_field(fields, change):
+    return type(fields)(*(None if x is None else change(x) for x in vars(fields).values()))
+
+
 @pytest.mark.parametrize("kernel", IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_strides_batches_and_shared_heads_change_no_bit(kernel, dtype):
+@pytest.mark.parametrize("tail", [False, True], ids=["kept keys alone", "with a tail"])
+def test_strides_batches_shared_heads_and_repeats_change_no_bit(kernel, dtype, tail):
     q, k, v = random_inputs(301, 203, 40, heads=(4, 2), dtype=dtype)
     plan = random_plan(2, 4, 2, 301, 203)
-    out, lse = attend(q, k, v, plan, 0.2, kernel=kernel)
+    pooled = pooled_keys(k, v, plan) if tail else None
 
     def strided(x):
-        wide = x.transpose(1, 2).contiguous().repeat(1, 1, 1, 2)
-        return wide[..., : x.shape[-1]].transpose(1, 2)
+        wide = x.transpose(1, 2).contiguous().repeat(1, 1, *[2 if d == 3 else 1 for d in range(2, x.ndim)])
+        return wide[..., : x.shape[-1]].transpose(1, 2) if x.ndim == 4 else wide.transpose(1, 2)
 
-    again = attend(strided(q), strided(k), strided(v), plan, 0.2, kernel=kernel)
-    assert torch.equal(again[0], out) and torch.equal(again[1], lse)
+    def call(q, k, v, plan, change):
+        own = each_field(pooled, change) if tail else None
+        return attend(q, k, v, plan, 0.2, pooled=own, kernel=kernel)
+
+    result = call(q, k, v, plan, lambda x: x)
+    assert_same_bits(call(q, k, v, plan, lambda x: x), result)
+    assert_same_bits(call(strided(q), strided(k), strided(v), plan, strided), result)
     for b in range(2):
-        part = Plan(*(field[b : b + 1] for field in vars(plan).values()))
-        single = attend(q[b : b + 1], k[b : b + 1], v[b : b + 1], part, 0.2, kernel=kernel)
-        assert torch.equal(single[0][0], out[b]) and torch.equal(single[1][0], lse[b])
+        item = slice(b, b + 1)
+        single = call(q[item], k[item], v[item], each_field(plan, lambda x, item=item: x[item]), lambda x, i=item: x[i])
+        assert_same_bits(single, [x[item] for x in result])
     repeated = Plan(
         plan.q_order,
         plan.q_offsets,
@@ -201,8 +219,79 @@ def test_strides_batches_and_shared_heads_change_no_bit(kernel, dtype):
         plan.k_offsets.repeat_interleave(2, 1),
         plan.keep,
     )
-    own = attend(q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1), repeated, 0.2, kernel=kernel)
-    assert torch.equal(own[0], out) and torch.equal(own[1], lse)
+    own = call(q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1), repeated, lambda x: x.repeat_interleave(2, 1))
+    assert_same_bits(own, result)
+
+
+@pytest.mark.parametrize("kernel", IMPLEMENTATIONS)
+def test_the_pooled_arrays_of_a_kept_group_touch_no_row_that_keeps_it(kernel):
+    q, k, v = random_inputs(150, 180, 32, batch=1)
+    plan = random_plan(1, 2, 1, 150, 180)
+    pooled = pooled_keys(k, v, plan, coupled=False)
+    clean = attend(q, k, v, plan, 0.2, pooled=pooled, kernel=kernel)
+    pooled.mean_k[:, :, 2], pooled.mean_v[:, :, 2] = math.nan, math.nan
+    out, lse = attend(q, k, v, plan, 0.2, pooled=pooled, kernel=kernel)
+    labels = labels_of(plan.q_order, plan.q_offsets)
+    keeps = plan.kept()[..., 2].gather(2, labels) | (labels == plan.q_offsets.shape[2] - 2)
+    assert keeps.any() and not keeps.all()
+    assert torch.isnan(out[~keeps]).all() and torch.isnan(lse[~keeps]).all()
+    assert (out - clean[0])[keeps].abs().max() <= 1e-6 and (lse - clean[1])[keeps].abs().max() <= 1e-6
+
+
+@pytest.mark.parametrize("kernel", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_value_that_is_not_finite_reaches_every_valid_row_in_its_channel(kernel, dtype, value):
+    q, k, v = random_inputs(150, 180, 32, batch=1, dtype=dtype)
+    plan = random_plan(1, 2, 1, 150, 180)
+    group = int((~plan.kept()[0, 0, -1]).nonzero()[0])  # one that the padding queries of a head do not keep
+    token = int(plan.k_order[0, 0, plan.k_offsets[0, 0, group]])
+    v[0, 0, token, 5] = value
+    out, lse = attend(q, k, v, plan, 0.2, pooled=pooled_keys(k, v, plan, kernel=kernel, coupled=False), kernel=kernel)
+    reached = labels_of(plan.q_order, plan.q_offsets) < plan.q_offsets.shape[2] - 2
+    reached |= token_mask(plan)[..., token]
+    expected = torch.zeros_like(out, dtype=torch.bool)
+    expected[..., 5] = reached
+    assert not reached.all()
+    assert torch.equal(~torch.isfinite(out), expected)
+    assert torch.isfinite(lse[reached]).all()
+
+
+@pytest.mark.parametrize("kernel", IMPLEMENTATIONS)
+@pytest.mark.parametrize("coupled", [False, True])
+def test_a_key_that_is_nan_reaches_every_valid_row(kernel, coupled):
+    q, k, v = random_inputs(150, 180, 32, batch=1)
+    plan = random_plan(1, 2, 1, 150, 180)
+    k[0, 0, int(plan.k_order[0, 0, 0]), 3] = math.nan
+    pooled = pooled_keys(k, v, plan, kernel=kernel, coupled=coupled)
+    out, _ = attend(q, k, v, plan, 0.2, pooled=pooled, kernel=kernel)
+    valid = labels_of(plan.q_order, plan.q_offsets) < plan.q_offsets.shape[2] - 2
+    assert torch.isnan(out[valid]).all()
+
+
+@pytest.mark.parametrize("kernel", IMPLEMENTATIONS)
+def test_pooled_keys_without_mass_leave_the_kept_keys_alone(kernel):
+    q, k, v = random_inputs(150, 180, 32, batch=1)
+    plan = random_plan(1, 2, 1, 150, 180)
+    pooled = pooled_keys(k, v, plan, coupled=False)
+    pooled.mean_k[..., 0] = -math.inf
+    q[..., 0] = 1.0
+    plain = attend(q, k, v, plan, 0.2, kernel=kernel)
+    assert_same_bits(attend(q, k, v, plan, 0.2, pooled=pooled, kernel=kernel), plain)
+
+
+@pytest.mark.parametrize("kernel", IMPLEMENTATIONS)
+def test_a_nan_query_gives_a_nan_row_and_no_other_also_with_a_tail(kernel):
+    q, k, v = random_inputs(150, 180, 32)
+    plan = random_plan(2, 2, 1, 150, 180)
+    pooled = pooled_keys(k, v, plan)
+    clean, _ = attend(q, k, v, plan, 0.2, pooled=pooled, kernel=kernel)
+    token = int(plan.q_order[0, 1, 0])  # of group 0
+    q[0, 1, token] = math.nan
+    out, lse = attend(q, k, v, plan, 0.2, pooled=pooled, kernel=kernel)
+    assert torch.isnan(out[0, 1, token]).all() and torch.isnan(lse[0, 1, token])
+    out[0, 1, token] = clean[0, 1, token]
+    assert torch.equal(out, clean)
 
 
 @pytest.mark.parametrize("kernel", IMPLEMENTATIONS)
@@ -216,15 +305,16 @@ def test_one_cluster_of_all_tokens_equals_dense_attention(kernel):
     assert torch.allclose(out, F.scaled_dot_product_attention(x, x, v, scale=0.2), atol=2e-6)
 
 
-def test_the_reference_in_pieces_equals_the_reference_in_one(monkeypatch):
-    from sparse_compile.kernels.block_sparse_attention import reference
-
+@pytest.mark.parametrize(("kernel", "module"), [("reference", reference), ("cpu", cpu_tail)])
+def test_a_kernel_in_small_pieces_equals_the_kernel_in_one(kernel, module, monkeypatch):
     q, k, v = random_inputs(301, 203, 40)
     plan = random_plan(2, 2, 1, 301, 203)
-    whole, lse = attend(q, k, v, plan, 0.2, kernel="reference")
-    monkeypatch.setattr(reference, "SCORES_AT_ONCE", 203 * 64)
-    pieces, lse_of_pieces = attend(q, k, v, plan, 0.2, kernel="reference")
-    assert torch.allclose(pieces, whole, atol=1e-6) and torch.allclose(lse_of_pieces, lse, atol=1e-5)
+    for pooled in (None, pooled_keys(k, v, plan)):
+        with monkeypatch.context() as patched:
+            whole, lse = attend(q, k, v, plan, 0.2, pooled=pooled, kernel=kernel)
+            patched.setattr(module, "SCORES_AT_ONCE", 203 * 64)
+            pieces, lse_of_pieces = attend(q, k, v, plan, 0.2, pooled=pooled, kernel=kernel)
+        assert torch.allclose(pieces, whole, atol=1e-6) and torch.allclose(lse_of_pieces, lse, atol=1e-5)
 
 
 def test_batches_hold_every_group_once_and_stay_within_memory():

@@ -2,12 +2,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_oracles import IMPLEMENTATIONS, OPS, cluster, make_plan, new_log, random_tensor
+from kernel_oracles import IMPLEMENTATIONS, OPS, cluster, fields_of, make_plan, new_log, random_tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from sparse_compile import ops
 from sparse_compile.call_log import append_row, read_rows
 from sparse_compile.errors import SparseAttentionError
+from sparse_compile.ops import attention, clusters
 
 
 def strided(x):
@@ -33,33 +33,54 @@ def plan_args(kernel, **options):
     return (q_means, k_means, q_offsets, k_offsets, ready, 0.25, 0.9, 0.1, None, "mass", True, 0, kernel)
 
 
-def attention_args(kernel, token_major, *, orders=True, **options):
+def pooled_args(kernel, coupled, *, orders=True, **options):
     args = kmeans_args(kernel, **options)
-    q, k = args[:2]
+    k = args[1]
     v = strided(random_tensor(*k.shape[:3], 24, seed=4, dtype=k.dtype))
+    _, _, _, k_order, k_offsets, _, _ = OPS.kmeans(*args)
+    return (k, v, k_order if orders else None, k_offsets, [0, 10, 12, 44], coupled, kernel)
+
+
+def attention_args(kernel, token_major, *, orders=True, tail=None, **options):
+    """`tail`: None, "pooled" or "coupled"."""
+    args = kmeans_args(kernel, **options)
+    q = args[0]
+    k, v, *rest = pooled_args(kernel, tail == "coupled", orders=orders, **options)
     q_order, q_offsets, q_means, k_order, k_offsets, k_means, non_finite = OPS.kmeans(*args)
     ready = torch.ones(1, dtype=torch.int32)
-    keep = OPS.plan_top_p(
-        q_means, k_means, q_offsets, k_offsets, ready, 0.25, 0.9, 0.1, None, "mass", True, 0, kernel
-    )
+    keep = OPS.plan_top_p(q_means, k_means, q_offsets, k_offsets, ready, 0.25, 0.5, 0.1, None, "mass", True, 0, kernel)
     if not orders:
         q_order = k_order = None
+    pooled = [None] * 4
+    if tail is not None:
+        pooled = list(OPS.pooled_keys(k, v, *rest))
+        if tail == "pooled":
+            pooled[3] = None
+    kept_mass = torch.full(q.shape[:2], 0.9)
     plan = (q_order, q_offsets, k_order, k_offsets, keep)
-    return (q, k, v, *plan, non_finite, new_log(), 0.25, token_major, kernel)
+    return (q, k, v, *plan, *pooled, kept_mass, non_finite, new_log(), 0.25, token_major, kernel)
 
 
+ATTENTION = {
+    "attention-token-major": {"token_major": True},
+    "attention-head-major": {"token_major": False},
+    "attention-in-place": {"token_major": True, "orders": False},
+    "attention-pooled": {"token_major": True, "tail": "pooled"},
+    "attention-coupled": {"token_major": False, "tail": "coupled"},
+    "attention-coupled-in-place": {"token_major": True, "tail": "coupled", "orders": False},
+}
+POOLED = {
+    "pooled_keys": {"coupled": False},
+    "pooled_keys-coupled": {"coupled": True},
+    "pooled_keys-in-place": {"coupled": True, "orders": False},
+}
 CALLS = {
     "kmeans-restart": (OPS.kmeans, kmeans_args, {}),
     "kmeans-warm": (OPS.kmeans, kmeans_args, {"restart": False}),
     "kmeans-unmasked": (OPS.kmeans, kmeans_args, {"masked": False}),
     "plan_top_p": (OPS.plan_top_p, plan_args, {}),
-    "attention-token-major": (OPS.block_sparse_attention, attention_args, {"token_major": True}),
-    "attention-head-major": (OPS.block_sparse_attention, attention_args, {"token_major": False}),
-    "attention-in-place": (
-        OPS.block_sparse_attention,
-        attention_args,
-        {"token_major": True, "orders": False},
-    ),
+    **{name: (OPS.pooled_keys, pooled_args, options) for name, options in POOLED.items()},
+    **{name: (OPS.block_sparse_attention, attention_args, options) for name, options in ATTENTION.items()},
 }
 
 each_kernel = pytest.mark.parametrize("kernel", IMPLEMENTATIONS)
@@ -95,12 +116,10 @@ def whole_call(q, k, v, q_centroids, k_centroids, ready, log, kernel):
     q_order, q_offsets, q_means, k_order, k_offsets, k_means, non_finite = OPS.kmeans(
         q, k, None, None, *spans, q_centroids, k_centroids, ready, True, 2, 0, kernel
     )
-    keep = OPS.plan_top_p(
-        q_means, k_means, q_offsets, k_offsets, ready, 0.25, 0.9, 0.0, None, "mass", True, 0, kernel
-    )
-    return OPS.block_sparse_attention(
-        q, k, v, q_order, q_offsets, k_order, k_offsets, keep, non_finite, log, 0.25, True, kernel
-    )
+    keep = OPS.plan_top_p(q_means, k_means, q_offsets, k_offsets, ready, 0.25, 0.9, 0.0, None, "mass", True, 0, kernel)
+    pooled = OPS.pooled_keys(k, v, k_order, k_offsets, spans[1], True, kernel)
+    plan = (q_order, q_offsets, k_order, k_offsets, keep)
+    return OPS.block_sparse_attention(q, k, v, *plan, *pooled, None, non_finite, log, 0.25, True, kernel)
 
 
 def call_inputs(tokens):
@@ -132,15 +151,14 @@ def fake_run(function, args):
 
 
 BODIES = {
-    "kmeans-restart": (ops._kmeans, kmeans_args, {}),
-    "kmeans-warm": (ops._kmeans, kmeans_args, {"restart": False}),
-    "plan_top_p": (ops._plan_top_p, plan_args, {}),
-    "attention-token-major": (ops._block_sparse_attention, attention_args, {"token_major": True}),
-    "attention-in-place": (
-        ops._block_sparse_attention,
-        attention_args,
-        {"token_major": True, "orders": False},
-    ),
+    "kmeans-restart": (clusters._kmeans, kmeans_args, {}),
+    "kmeans-warm": (clusters._kmeans, kmeans_args, {"restart": False}),
+    "plan_top_p": (clusters._plan_top_p, plan_args, {}),
+    **{name: (attention._pooled_keys, pooled_args, options) for name, options in POOLED.items()},
+    **{
+        name: (attention._block_sparse_attention, attention_args, ATTENTION[name])
+        for name in ("attention-token-major", "attention-in-place", "attention-coupled")
+    },
 }
 
 
@@ -157,7 +175,7 @@ def test_the_reference_reads_no_value_on_the_host(body):
 def test_no_way_of_choosing_reads_a_value_on_the_host(rank_by, density):
     args = list(plan_args("reference"))
     args[8], args[9] = density, rank_by
-    assert fake_run(ops._plan_top_p, args).shape == (2, 4, 7, 1)
+    assert fake_run(clusters._plan_top_p, args).shape == (2, 4, 7, 1)
 
 
 @pytest.mark.parametrize("body", BODIES)
@@ -185,10 +203,10 @@ def test_each_attention_call_appends_its_density_to_the_log(kernel):
     q = random_tensor(1, 2, 60, 16)
     plan = make_plan(cluster(q, q), 0.25)
     log = new_log()
-    fields = (plan.q_order, plan.q_offsets, plan.k_order, plan.k_offsets, plan.keep)
+    tail = (None,) * 4
     for count in (3, 0):
         non_finite = torch.tensor([count], dtype=torch.int32)
-        OPS.block_sparse_attention(q, q, q, *fields, non_finite, log, 0.25, True, kernel)
+        OPS.block_sparse_attention(q, q, q, *fields_of(plan), *tail, None, non_finite, log, 0.25, True, kernel)
     written, rows = read_rows(log)
     assert written == 2
     assert [row.non_finite for row in rows] == [3, 0]

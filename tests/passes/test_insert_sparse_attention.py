@@ -7,16 +7,16 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny_models import cogvideox, hunyuan_video, wan_t2v
 from torch import Tensor
+from toy_models import EAGER, Block, Stack, tokens
 
 from sparse_compile.call_log import log_spec
 from sparse_compile.compiler import torch_internals
-from sparse_compile.passes.insert_sparse_attention import insert_sparse_attention, visual_runs
+from sparse_compile.passes.insert_sparse_attention import insert_sparse_attention
 from sparse_compile.phases import Phase
 from sparse_compile.sites import TokenLayout, TokenPart
 from sparse_compile.testing import Captured, capture, count_ops, find, planner_of, rewrite
-from tiny_models import cogvideox, hunyuan_video, wan_t2v
-from toy_models import EAGER, Block, Stack, tokens
 
 OPTIONS = {**EAGER, "min_tokens": 64}
 OPS = ("kmeans", "plan_top_p", "block_sparse_attention")
@@ -49,7 +49,27 @@ def test_a_site_becomes_three_ops_and_four_state_inputs() -> None:
     placeholders = rewritten.graph_module.graph.find_nodes(op="placeholder")
     assert len(placeholders) == before + 8
     assert all("sparse_attn" in node.name for node in placeholders[before:])
-    assert rewritten.states[0].specs[-1] == log_spec(torch.device("cpu"))
+
+
+@pytest.mark.parametrize("heads", [1, 4])
+def test_the_log_has_a_row_for_each_query_head(heads: int) -> None:
+    captured = capture(Stack(1, heads=heads), tokens())[0]
+    rewritten = rewrite(captured, Phase.SPARSE, **OPTIONS)
+    assert rewritten.states[0].specs[-1] == log_spec(torch.device("cpu"), heads)
+    assert rewritten.states[0].examples[-1].shape == log_spec(torch.device("cpu"), heads).shape
+
+
+def test_a_log_for_grouped_heads_has_those_of_the_queries() -> None:
+    """Two query heads share the one key head."""
+
+    class Grouped(Block):
+        def forward(self, hidden_states: Tensor) -> Tensor:
+            q = self.to_q(hidden_states).unflatten(-1, (2, -1)).transpose(1, 2)
+            k, v = (p(hidden_states)[..., :16].unsqueeze(1) for p in (self.to_k, self.to_v))
+            return F.scaled_dot_product_attention(q, k, v, enable_gqa=True).transpose(1, 2).flatten(2)
+
+    rewritten = rewrite(capture(Grouped(), tokens())[0], Phase.SPARSE, **OPTIONS)
+    assert rewritten.states[0].specs[-1] == log_spec(torch.device("cpu"), 2)
 
 
 def test_dynamos_own_graph_stays_as_it_was() -> None:
@@ -165,4 +185,4 @@ def test_a_key_padding_mask_becomes_the_valid_tokens() -> None:
     ],
 )
 def test_runs_of_visual_parts(roles: list[str], runs: list[tuple[int, int]]) -> None:
-    assert visual_runs(TokenLayout(tuple(TokenPart(role, 4, 4) for role in roles))) == runs
+    assert TokenLayout(tuple(TokenPart(role, 4, 4) for role in roles)).visual_runs() == runs

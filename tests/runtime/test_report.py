@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ from sparse_compile import call_log
 from sparse_compile.errors import SparseAttentionError
 from sparse_compile.plan import Plan
 from sparse_compile.runtime import state
+from sparse_compile.runtime.figures import GenerationReport, HeadReport, StepReport
 from sparse_compile.runtime.report import Report
 
 SITE_KEYS = [
@@ -35,7 +37,8 @@ SITE_KEYS = [
     "kernel",
     "ordinal",
 ]
-STEP_KEYS = ["step", "branch", "phase", "density", "kept_mass", "non_finite", "density_run"]
+STEP_KEYS = ["step", "branch", "phase", "density", "kept_mass", "non_finite", "density_run", "sparse_calls"]
+HEAD_KEYS = ["layer", "ordinal", "branch", "density", "kept_mass"]
 
 
 def report_of(way: str = "whole", steps: int = 4, **options: object) -> Report:
@@ -47,18 +50,20 @@ def report_of(way: str = "whole", steps: int = 4, **options: object) -> Report:
 
 def test_the_report_as_data_has_this_schema() -> None:
     data = report_of().to_dict()
-    keys = ["sites", "compilations", "other_compilations", "density", "density_run", "generations", "warnings"]
-    assert list(data) == keys
+    counts, means = ["compilations", "other_compilations"], ["density", "density_run", "kept_mass"]
+    assert list(data) == ["sites", *counts, *means, "generations", "heads", "warnings"]
     assert [list(site) for site in data["sites"]] == [SITE_KEYS] * 2
-    assert [list(generation) for generation in data["generations"]] == [["steps", "density", "density_run"]]
+    assert [list(generation) for generation in data["generations"]] == [["steps", *means]]
     assert [list(step) for step in data["generations"][0]["steps"]] == [STEP_KEYS] * 8
     assert type(data["compilations"]) is int
-    assert json.loads(json.dumps(data))["generations"] == data["generations"]
+    assert [list(heads) for heads in data["heads"]] == [HEAD_KEYS] * 4
+    read = json.loads(json.dumps(data, allow_nan=False))
+    assert (read["generations"], read["heads"]) == (data["generations"], data["heads"])
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_the_report_tells_sites_and_steps(way: str) -> None:
-    data = report_of(way).to_dict()
+    data = report_of(way, probe_rows=0).to_dict()
     assert [(s["layer"], s["decision"], s["reason"]) for s in data["sites"]] == [
         ("blocks.0", "sparse", None),
         ("blocks.1", "sparse", None),
@@ -72,7 +77,28 @@ def test_the_report_tells_sites_and_steps(way: str) -> None:
     names = ["dense", "search", "sparse", "sparse"]
     assert seen == [(step, branch, names[step]) for step in range(4) for branch in BRANCHES]
     assert all(step["kept_mass"] is None for step in generation["steps"])
+    assert all(heads["kept_mass"] is None for heads in data["heads"])
+    assert (generation["kept_mass"], data["kept_mass"]) == (None, None)
     assert data["warnings"] == []
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_kept_mass_is_measured_in_sparse_calls_and_for_each_head(way: str) -> None:
+    report = report_of(way)
+    (generation,) = report.generations
+    masses = [step.kept_mass for step in generation.steps]
+    assert [mass is None for mass in masses] == [step.phase == "dense" for step in generation.steps]
+    measured = [mass for mass in masses if mass is not None]
+    assert all(0.3 < mass < 1 for mass in measured)
+    assert report.kept_mass == generation.kept_mass == pytest.approx(sum(measured) / 6)
+    assert [(heads.layer, heads.branch) for heads in report.heads] == [
+        (f"blocks.{layer}", branch) for layer in (0, 1) for branch in BRANCHES
+    ]
+    for branch, step in zip(BRANCHES, generation.steps[-2:], strict=True):
+        own = [heads for heads in report.heads if heads.branch == branch]
+        assert len({density for heads in own for density in heads.density}) > 1  # heads have plans of their own
+        assert sum(sum(heads.density) for heads in own) / 4 == pytest.approx(step.density)
+        assert sum(sum(heads.kept_mass or []) for heads in own) / 4 == pytest.approx(step.kept_mass)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -110,6 +136,7 @@ def test_density_run_counts_dense_calls_as_one() -> None:
         assert step.density_run == pytest.approx((1 + step.density) / 2)
     assert report.density == pytest.approx(sum(step.density for step in steps[2:]) / 6)
     assert report.density_run == pytest.approx(sum(step.density_run for step in steps) / 8)
+    assert {heads.layer for heads in report.heads} == {"blocks.1"}
 
 
 def test_each_generation_has_its_own_rows() -> None:
@@ -232,20 +259,62 @@ def test_a_dense_site_says_why() -> None:
 
 
 def test_the_printed_report_tells_the_same() -> None:
-    text = str(report_of(dense_layers=1))
+    report = report_of(dense_layers=1)
+    text = str(report)
     lines = text.splitlines()
     assert lines[0].split() == ["layer", "role", "layout", "decision", "reason"]
     assert lines[2].split()[:4] == ["blocks.0", "self", "video:128", "dense"]
     assert lines[3].split()[:4] == ["blocks.1", "self", "video:128", "sparse"]
     assert "1 of 2 sites sparse, 3 compilations" in lines
     assert any(line.startswith("generation 1: density 0.") for line in lines)
-    rows = [line.split()[:3] for line in lines[-6:]]
+    assert f", kept mass {report.kept_mass:.3f}" in text
+    start = next(number for number, line in enumerate(lines) if line.startswith("steps  branch"))
+    rows = [line.split()[:3] for line in lines[start + 2 : start + 8]]
     assert rows == [
         [steps, branch, phase]
         for steps, phase in (("0", "dense"), ("1", "search"), ("2-3", "sparse"))
         for branch in BRANCHES
     ]
     assert all(line == line.rstrip() for line in lines)
+
+
+def heads(density: list[float], kept_mass: list[float] | None, ordinal: int = 0) -> HeadReport:
+    return HeadReport("blocks.3.attn1", ordinal, "cond", density, kept_mass)
+
+
+@pytest.mark.parametrize(
+    ("row", "cells"),
+    [
+        (heads([0.25, 0.125, 0.375, 0.25], [0.5, 0.25, 0.625, 0.5]), ["0.25 0.12 0.38 0.25", "0.50 0.25 0.62 0.50"]),
+        (heads([0.25] * 4, [0.7311, 0.7309, 0.731, 0.731]), ["0.250", "0.731"]),
+        (heads([0.25] * 24, [0.5] * 24), ["0.250", "0.500"]),
+        (heads([0.25, 0.5] * 6, None), ["0.250-0.500, mean 0.375", "-"]),
+        (heads([0.25, 0.5] * 4, [0.75] * 8), ["0.25 0.50 0.25 0.50 0.25 0.50 0.25 0.50", "0.750"]),
+    ],
+    ids=["four", "equal", "many equal", "many", "eight"],
+)
+def test_the_heads_are_printed_one_by_one_or_as_a_range(row: HeadReport, cells: list[str]) -> None:
+    lines = str(Report(heads=[row])).splitlines()
+    start = lines.index("newest sparse call, per head")
+    assert re.split("  +", lines[start + 1]) == ["layer", "branch", "density", "kept mass"]
+    assert re.split("  +", lines[start + 3]) == ["blocks.3.attn1", "cond", *cells]
+
+
+def test_a_second_attention_of_a_layer_is_told_apart() -> None:
+    text = str(Report(heads=[heads([0.5], None), heads([0.25], None, ordinal=1)]))
+    assert "\nblocks.3.attn1 " in text
+    assert "\nblocks.3.attn1, attention 2 " in text
+
+
+def test_without_sparse_calls_no_heads_are_printed() -> None:
+    assert "per head" not in str(report_of(dense_steps=4))
+
+
+def test_a_generation_is_summed_up_with_its_kept_mass_where_that_was_measured() -> None:
+    step = StepReport(0, "cond", "sparse", 0.25, 0.75, 0, 0.4, 1)
+    for kept_mass, end in ((0.731, "over all, kept mass 0.731"), (None, "over all")):
+        report = Report(generations=[GenerationReport([step], 0.25, 0.4, kept_mass)])
+        assert f"generation 1: density 0.250 in sparse calls, density_run 0.400 {end}" in str(report).splitlines()
 
 
 def test_an_all_dense_generation_is_printed_as_such() -> None:

@@ -22,14 +22,16 @@ from torch import Tensor, nn
 from toy_models import Stack, tokens
 
 import sparse_compile
-from sparse_compile.call_log import log_spec, read_rows
+from sparse_compile.call_log import append_row, log_spec, read_heads, read_rows
 from sparse_compile.config import Config
 from sparse_compile.plan import TensorSpec
+from sparse_compile.runtime.clock import Claim, Clock
 from sparse_compile.runtime.state import BranchState, Layer, LayerGroup, allocate
 from sparse_compile.strategies.base import Planner
 from sparse_compile.strategies.svg2 import Svg2
 
 CPU = torch.device("cpu")
+LOG = log_spec(CPU, 2)
 
 
 def a_layer() -> Layer:
@@ -46,10 +48,10 @@ def spec(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -
 def test_state_starts_as_zeros_and_keeps_its_tensors() -> None:
     layer = a_layer()
     state = layer.state("cond", 1)
-    tensors, fresh = layer.tensors(state, 0, [spec(2, 3), spec(1, dtype=torch.int32)], CPU)
+    tensors, fresh = layer.tensors(state, 0, [spec(2, 3), spec(1, dtype=torch.int32)], LOG)
     assert fresh
     assert [t.any().item() for t in tensors] == [False] * 3
-    again, fresh = layer.tensors(layer.state("cond", 1), 0, [spec(2, 3), spec(1, dtype=torch.int32)], CPU)
+    again, fresh = layer.tensors(layer.state("cond", 1), 0, [spec(2, 3), spec(1, dtype=torch.int32)], LOG)
     assert not fresh
     assert all(one is two for one, two in zip(tensors, again, strict=True))
 
@@ -60,7 +62,7 @@ def test_branches_and_ordinals_have_their_own_tensors() -> None:
         tensor
         for branch in BRANCHES
         for ordinal in (0, 1)
-        for tensor in layer.tensors(layer.state(branch, 1), ordinal, [spec(2, 3)], CPU)[0]
+        for tensor in layer.tensors(layer.state(branch, 1), ordinal, [spec(2, 3)], LOG)[0]
     ]
     assert len({tensor.data_ptr() for tensor in made}) == len(made) == 8
 
@@ -68,7 +70,7 @@ def test_branches_and_ordinals_have_their_own_tensors() -> None:
 def test_a_new_generation_zeroes_in_place_and_forgets_the_search() -> None:
     layer = a_layer()
     state = layer.state("cond", 1)
-    (tensor, log), _ = layer.tensors(state, 0, [spec(4)], CPU)
+    (tensor, log), _ = layer.tensors(state, 0, [spec(4)], LOG)
     tensor.fill_(7)
     log[0, 0] = 3
     state.searched = 2
@@ -76,7 +78,7 @@ def test_a_new_generation_zeroes_in_place_and_forgets_the_search() -> None:
     assert renewed is state
     assert renewed.searched is None
     assert not tensor.any()
-    assert layer.tensors(renewed, 0, [spec(4)], CPU)[0][0] is tensor
+    assert layer.tensors(renewed, 0, [spec(4)], LOG)[0][0] is tensor
     assert read_rows(log)[0] == 3
 
 
@@ -88,34 +90,59 @@ def test_a_new_generation_zeroes_in_place_and_forgets_the_search() -> None:
 def test_another_shape_dtype_or_device_makes_new_tensors(other: TensorSpec) -> None:
     layer = a_layer()
     state = layer.state("cond", 1)
-    old = layer.tensors(state, 0, [spec(4)], CPU)[0][0]
-    (new, log), fresh = layer.tensors(state, 0, [other], other.device)
+    old = layer.tensors(state, 0, [spec(4)], LOG)[0][0]
+    (new, log), fresh = layer.tensors(state, 0, [other], log_spec(other.device, 2))
     assert fresh
     assert new is not old
     assert (tuple(new.shape), new.dtype, new.device) == other
     assert log.device == other.device
 
 
-def test_the_call_log_moves_with_the_device_and_keeps_its_rows() -> None:
+def logged(state: BranchState, heads: int) -> Tensor:
+    """The log of a state, with one row."""
+    append_row(state.logs[0], torch.full((1, heads), 0.25), torch.full((1, heads), 0.5), None)
+    return state.logs[0]
+
+
+def test_the_call_log_moves_with_the_device_and_keeps_what_it_says() -> None:
     layer = a_layer()
     state = layer.state("cond", 1)
-    (_, log), _ = layer.tensors(state, 0, [spec(4)], CPU)
-    log[0, 0], log[1, 0] = 1, 0.25
+    layer.tensors(state, 0, [spec(4)], LOG)
+    log = logged(state, 2)
     state.logs[0] = FakeDevice(log)  # type: ignore[assignment]  # stands for a log on another device
-    (_, moved), _ = layer.tensors(state, 0, [spec(4)], CPU)
-    assert read_rows(moved) == read_rows(log)
+    (_, moved), fresh = layer.tensors(state, 0, [spec(4)], LOG)
+    assert not fresh
+    assert torch.equal(moved, log)
+    assert moved.data_ptr() != log.data_ptr()
+    assert state.logs[0] is moved
 
 
-class FakeDevice:
+def test_a_site_with_other_heads_gets_another_log_with_the_old_rows() -> None:
+    layer = a_layer()
+    layer.claim = Claim(Clock(), nn.Linear(1, 1))
+    state = layer.state("cond", 1)
+    layer.tensors(state, 0, [spec(4)], LOG)
+    log, changes = logged(state, 2), layer.claim.changes
+    (_, other), fresh = layer.tensors(state, 0, [spec(4)], log_spec(CPU, 3))
+    assert not fresh
+    assert TensorSpec(tuple(other.shape), other.dtype, other.device) == log_spec(CPU, 3)
+    assert read_rows(other) == read_rows(log)
+    assert read_heads(other) == []
+    assert layer.claim.changes == changes + 1  # what was gathered with the old log is gathered again
+    assert layer.tensors(state, 0, [spec(4)], log_spec(CPU, 3))[0][1] is other
+    assert layer.claim.changes == changes + 1
+
+
+class FakeDevice(Tensor):
     """A tensor that says it lies elsewhere."""
 
-    device = torch.device("meta")
+    @staticmethod
+    def __new__(cls, tensor: Tensor) -> Tensor:
+        return tensor.as_subclass(cls)
 
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
-
-    def to(self, *_: Any, **__: Any) -> Tensor:
-        return self.tensor.clone()
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        return torch.device("meta")
 
 
 def test_state_made_in_inference_mode_may_be_mutated_outside() -> None:
@@ -147,9 +174,9 @@ def test_a_group_ends_with_any_of_its_parameters() -> None:
 def test_recounting_takes_the_rows_from_the_device() -> None:
     layer = a_layer()
     layer.branches = {"cond": BranchState(1, rows=9), "uncond": BranchState(1, rows=9)}
-    log = allocate(log_spec(CPU))
+    log = allocate(LOG)
     log[0, 0] = 4
-    layer.branches["cond"].logs = {0: allocate(log_spec(CPU)), 1: log}
+    layer.branches["cond"].logs = {0: allocate(LOG), 1: log}
     layer.recount_rows()
     assert [state.rows for state in layer.branches.values()] == [4, 0]
 
@@ -229,7 +256,8 @@ def lost_state(model: Stack, call: Any, change: Any, x: Tensor, steps: int = 5) 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("what", ["length", "batch", "dtype"])
 def test_a_call_of_another_shape_or_dtype_attends_to_everything_and_the_next_searches(way: str, what: str) -> None:
-    model, call = WAYS[way](dense_steps=0, k_clusters=100)  # more than the 96 tokens: state has another shape
+    # 100 clusters are more than 96 tokens, so state has another shape; uncorrected, so sparse differs from dense
+    model, call = WAYS[way](dense_steps=0, k_clusters=100, correction="none")
     x = {"length": tokens(96, seed=9), "batch": tokens(batch=2, seed=9), "dtype": tokens(seed=9).bfloat16()}[what]
 
     def change() -> None:
@@ -244,7 +272,7 @@ def test_a_call_of_another_shape_or_dtype_attends_to_everything_and_the_next_sea
 
 def test_state_that_another_length_replaced_is_not_used_again() -> None:
     model = Stack(1)
-    options = {**QUICK, "dense_steps": 0, "k_clusters": 100}
+    options = {**QUICK, "dense_steps": 0, "k_clusters": 100, "correction": "none"}
     call = torch.compile(model, backend="sparse_attn", options=options, dynamic=False)
     seen = []
     with sparse_compile.denoising(model, steps=8) as clock, clock.branch("cond"):

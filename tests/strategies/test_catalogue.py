@@ -38,7 +38,7 @@ def test_a_plug_in_goes_by_the_name_of_its_entry_point(monkeypatch: pytest.Monke
 @pytest.mark.parametrize(
     ("method", "message"),
     [
-        ("nothing", "must name an installed strategy; got 'nothing'. Known: dense, svg2"),
+        ("nothing", "must name an installed strategy; got 'nothing'. Known: adaspa, dense, svg2"),
         ("no_module:Method", "must be importable"),
         ("builtins:no_class", "must be importable"),
         ("builtins:dict", "must give a Strategy; got 'dict'"),

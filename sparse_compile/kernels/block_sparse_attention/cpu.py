@@ -1,8 +1,8 @@
 """Attention over the kept key groups for CPU tensors, near the speed of dense attention per attended pair.
 
 One (batch item, head) at a time: keys and values are copied into the grouped order once; each query group
-with its kept keys is one small dense attention; groups of like size run as one batch. Host reads are free
-here.
+with its kept keys is one small dense attention; groups of like size run as one batch. What stands for the
+groups that a row skips is merged in afterwards (`cpu_tail`). Host reads are free here.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparse_compile.plan import Plan, unpack_bits
+from sparse_compile.kernels.block_sparse_attention.cpu_tail import merge_tail, row_tail
+from sparse_compile.kernels.block_sparse_attention.reference import group_of_token, tail_of
+from sparse_compile.plan import Plan, PooledKeys, unpack_bits
 
 BYTES_AT_ONCE = 2**24
 """Most bytes of gathered keys and values in one batch of several groups."""
@@ -33,13 +35,15 @@ class Work:
     keys: int
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, out: Tensor) -> Tensor:
-    """Write softmax(scale q k^T) v over the kept keys into ``out``; see `reference.attention`.
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, plan: Plan, pooled: PooledKeys | None, scale: float, out: Tensor
+) -> Tensor:
+    """Write softmax(scale q k^T) v over kept keys and pooled keys into ``out``; see `reference.attention`.
 
-    Source: SVG2 (arXiv 2505.18875); the blocks run through torch's FlashAttention for CPU (float32
-        statistics).
-    Shapes: q [B, H, Sq, D]; k [B, Hkv, Sk, D]; v [B, Hkv, Sk, Dv]; out [B, H, Sq, Dv]; any strides.
-    Returns: natural log-sum-exp over the kept keys, float32 [B, H, Sq]; a row without a key gives 0 and -inf.
+    Source: SVG2 (arXiv 2505.18875), SVG-EAR (arXiv 2603.08982) and docs/correction.md; the blocks run through torch's
+        FlashAttention for CPU (float32 statistics).
+    Shapes: q [B, H, Sq, D]; k [B, Hkv, Sk, D]; v [B, Hkv, Sk, Dv]; out [B, H, Sq, Dv]; any strides; pooled: Hkv heads.
+    Returns: natural log-sum-exp over kept and pooled keys, float32 [B, H, Sq]; a row without any gives 0 and -inf.
 
     Batches never mix heads, so a result depends on nothing but its own head.
     """
@@ -49,28 +53,40 @@ def attention(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, out: Te
     # 16-bit inputs too: torch's kernel for them is no faster, and its log-sum-exp is only good to 3e-5.
     compute = torch.float64 if q.dtype is torch.float64 else torch.float32
     pairs = torch.zeros((k.shape[2] + 1, 2 * width), dtype=compute)
-    # Fresh pages cost more than the copies into them, so that all heads and batches share both buffers.
+    # Fresh pages cost more than the copies into them, so that all heads and batches share the buffers.
     most = max(k.shape[2], BYTES_AT_ONCE // (2 * width * pairs.element_size()))
     scratch = torch.empty((most, 2 * width), dtype=compute)
+    exact = torch.empty((0 if pooled is None else queries, v.shape[3]), dtype=compute)
     lse = torch.empty((batches, heads, queries), dtype=torch.float32)
     for batch in range(batches):
         for key_head in range(k.shape[1]):
             k_order = _order_of(plan.k_order, batch, key_head)
             _copy_grouped(k[batch, key_head], k_order, pairs[:-1, :width])
             _copy_grouped(v[batch, key_head], k_order, pairs[:-1, width:])
-            k_sizes = plan.k_offsets[batch, key_head].diff()
+            k_offsets = plan.k_offsets[batch, key_head]
             for head in range(key_head * shared, (key_head + 1) * shared):
-                lse[batch, head] = _attend_head(
-                    q[batch, head],
+                own_q, own_out = q[batch, head], out[batch, head]
+                kept = unpack_bits(plan.keep[batch, head], plan.key_groups)
+                tail = None
+                if pooled is not None:
+                    tail = row_tail(
+                        tail_of(pooled, kept, k_offsets, batch, key_head, compute),
+                        group_of_token(plan.q_order, plan.q_offsets, batch, head, queries),
+                    )
+                log_sum = _attend_head(
+                    own_q,
                     pairs,
                     scratch,
                     _order_of(plan.q_order, batch, head),
                     plan.q_offsets[batch, head],
-                    k_sizes,
-                    unpack_bits(plan.keep[batch, head], plan.key_groups),
+                    k_offsets.diff(),
+                    kept,
                     scale,
-                    out[batch, head],
+                    own_out if tail is None else exact,
                 )
+                if tail is not None:
+                    log_sum = merge_tail(own_q, exact, log_sum, tail, scale, own_out)
+                lse[batch, head] = log_sum
     return lse
 
 
@@ -85,12 +101,12 @@ def _attend_head(
     scale: float,
     out: Tensor,
 ) -> Tensor:
-    """Fill out [Sq, Dv] of one head from q [Sq, D]; return its lse [Sq].
+    """Fill out [Sq, Dv] of one head from q [Sq, D]; return its lse [Sq], in the dtype of pairs.
 
     pairs [Sk + 1, 2 * width] holds keys and values side by side in the grouped order, padded with zeros to
     width; its last row, all zeros, stands for no key.
     """
-    lse = torch.full((q.shape[0],), -math.inf)
+    lse = torch.full((q.shape[0],), -math.inf, dtype=pairs.dtype)
     work = list_work(q_offsets, k_sizes, kept)
     if sum(item.queries for item in work) < q.shape[0]:
         out.zero_()
@@ -166,9 +182,7 @@ def _key_lanes(members: list[Work], by_key: Tensor) -> Tensor:
     return lanes
 
 
-def _attend_batch(
-    rows: Tensor, pairs: Tensor, lanes: Tensor, scale: float, scratch: Tensor
-) -> tuple[Tensor, Tensor]:
+def _attend_batch(rows: Tensor, pairs: Tensor, lanes: Tensor, scale: float, scratch: Tensor) -> tuple[Tensor, Tensor]:
     """Dense attention of rows [T, n, D] to the pairs at lanes [T, L]; gives [T, n, width] and lse [T, n]."""
     count, width = lanes.numel(), pairs.shape[1] // 2
     gathered = torch.index_select(pairs, 0, lanes.view(-1), out=scratch[:count])

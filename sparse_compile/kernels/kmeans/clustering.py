@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sparse_compile.kernels.kmeans import cpu, reference
 from sparse_compile.kernels.permutation.reference import sort_labels
+from sparse_compile.kernels.token_blocks.spans import inside, present
 
 IMPLEMENTATIONS: dict[str, ModuleType] = {"cpu": cpu, "reference": reference}
 
@@ -39,32 +40,30 @@ def cluster(
     batches, heads, tokens, size = x.shape
     clusters = centroids.shape[2]
     steps = IMPLEMENTATIONS[implementation]
-    video = _inside(video_spans, tokens, x.device)
+    video = inside(video_spans, tokens, x.device)
     labels = torch.empty((batches, heads, tokens), dtype=torch.int32, device=x.device)
     means = torch.empty((batches, heads, clusters, size), dtype=torch.float32, device=x.device)
     non_finite = torch.zeros((), dtype=torch.int64, device=x.device)
     for batch in range(batches):
-        present = _present(valid, batch, tokens, x.device)
+        valid_here = present(valid, batch, tokens, x.device)
         for head in range(heads):
             own = x[batch, head]
             finite = steps.countable(own)
-            included = video & present & finite
+            included = video & valid_here & finite
             if restart:
                 start = steps.stratified_sample(own, included, clusters, seed, role, head)
             else:
                 start = centroids[batch, head]
             nearest, renewed = lloyd(own, included, start, iterations, steps)
-            labels[batch, head] = _group_of(nearest, video, present, clusters)
+            labels[batch, head] = _group_of(nearest, video, valid_here, clusters)
             means[batch, head] = renewed
             centroids[batch, head] = renewed
-            non_finite = non_finite + (present & ~finite).sum()
+            non_finite = non_finite + (valid_here & ~finite).sum()
     order, offsets = sort_labels(labels, clusters + 2)
     return order, offsets, means, non_finite
 
 
-def lloyd(
-    x: Tensor, included: Tensor, start: Tensor, iterations: int, steps: ModuleType
-) -> tuple[Tensor, Tensor]:
+def lloyd(x: Tensor, included: Tensor, start: Tensor, iterations: int, steps: ModuleType) -> tuple[Tensor, Tensor]:
     """Alternate assignment and update; return the last labels int32 [S] and the means [C, D] of just these.
 
     Centroids stay in float32 between iterations; only the assignment rounds them (section 5.1).
@@ -81,21 +80,6 @@ def lloyd(
     return labels, means
 
 
-def _inside(spans: list[int], tokens: int, device: torch.device) -> Tensor:
-    """Which token positions lie in one of the spans [start, stop, …]: bool [S]."""
-    position = torch.arange(tokens, device=device)
-    inside = torch.zeros((tokens,), dtype=torch.bool, device=device)
-    for start, stop in zip(spans[::2], spans[1::2], strict=True):
-        inside = inside | ((position >= start) & (position < stop))
-    return inside
-
-
-def _present(valid: Tensor | None, batch: int, tokens: int, device: torch.device) -> Tensor:
-    if valid is None:
-        return torch.ones((tokens,), dtype=torch.bool, device=device)
-    return valid[batch if valid.shape[0] > 1 else 0]
-
-
-def _group_of(nearest: Tensor, video: Tensor, present: Tensor, clusters: int) -> Tensor:
+def _group_of(nearest: Tensor, video: Tensor, valid: Tensor, clusters: int) -> Tensor:
     """Group of each token: its cluster, C for text, C + 1 for padding, which wins."""
-    return torch.where(present, torch.where(video, nearest, clusters), clusters + 1)
+    return torch.where(valid, torch.where(video, nearest, clusters), clusters + 1)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparse_compile.kernels.kmeans.counter_hash import hash_counters
+from sparse_compile.kernels.kmeans.stratified import one_of_each_stratum
 from sparse_compile.kernels.permutation.reference import sort_labels
 
 SCORES_AT_ONCE = 2**24
@@ -101,12 +101,5 @@ def stratified_sample(x: Tensor, included: Tensor, clusters: int, seed: int, rol
     """
     if x.shape[0] == 0:
         return x.new_zeros((clusters, x.shape[1]))
-    rank = included.to(torch.int64).cumsum(0)
-    total = rank[-1]
-    strata = torch.arange(clusters + 1, device=x.device)
-    bounds = strata * total // clusters
-    start, width = bounds[:-1], bounds.diff().clamp(min=1)
-    offset = hash_counters(seed, 0 if role == "query" else 1, head, strata[:-1], device=x.device) % width
-    wanted = torch.minimum(start + offset, (total - 1).clamp(min=0)) + 1
-    token = torch.searchsorted(rank, wanted).clamp(max=x.shape[0] - 1)
-    return torch.where(total > 0, x.index_select(0, token), 0)
+    token, occupied = one_of_each_stratum(included, clusters, seed, 0 if role == "query" else 1, head)
+    return torch.where(occupied.any(), x.index_select(0, token), 0)

@@ -1,0 +1,1 @@
+"""The attention mass that a Plan keeps, measured on a few probe rows."""

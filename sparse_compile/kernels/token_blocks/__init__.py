@@ -1,0 +1,1 @@
+"""Blocks of neighbouring tokens, none of which mixes text and video."""

@@ -1,0 +1,42 @@
+"""Where ops are registered, and what they have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from sparse_compile.errors import SparseAttentionError
+
+LIBRARY = torch.library.Library("sparse_compile", "DEF")
+"""Keeps the registrations alive."""
+
+KERNELS = ("cpu", "reference")
+
+
+def register(schema: str, body: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """Define an op by its schema, with one body for every device and a fake that gives shapes alone.
+
+    Args:
+        schema: name, arguments and results; what is written is marked as ``Tensor(a!)``.
+        body: plain torch, or a dispatch to the kernels by the last argument.
+        fake: reads no values; gives shape, strides and dtype of what ``body`` returns.
+    """
+    name = schema.partition("(")[0]
+    LIBRARY.define(schema)
+    LIBRARY.impl(name, body, "CompositeExplicitAutograd")  # opaque to Inductor: nothing is decomposed
+    torch.library.register_fake(f"sparse_compile::{name}", fake, lib=LIBRARY)
+
+
+def implementation(kernel: str) -> str:
+    """The implementation that the last argument of an op names.
+
+    Raises:
+        SparseAttentionError: there is none of this name.
+    """
+    if kernel not in KERNELS:
+        raise SparseAttentionError(
+            f"kernel must be one of {', '.join(KERNELS)}", kernel, "Use the option kernel='auto'."
+        )
+    return kernel
