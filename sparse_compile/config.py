@@ -188,9 +188,7 @@ class Config:
         "Inductor's mode",
     )
     lowering: str = _option("inductor", accept.one_of("inductor", "eager"), "inductor or eager", "eager: for tests")
-    seed: int = _option(
-        0, accept.at_least(0), "an integer >= 0", "for k-means, probe rows and random ranks"
-    )
+    seed: int = _option(0, accept.at_least(0), "an integer >= 0", "for k-means, probe rows and random ranks")
     verbose: bool = _option(False, accept.boolean, "true or false", "log one line a site")
 
     def __post_init__(self) -> None:
@@ -221,7 +219,7 @@ class Config:
         Raises:
             SparseAttentionError: an option is unknown, out of range, or belongs to a later version.
         """
-        chosen: dict[str, Any] = _from_environment(os.environ if environ is None else environ)
+        chosen: dict[str, Any] = _from_environment(environ)
         for name, value in (options or {}).items():
             _check_known(name)
             chosen[name] = value
@@ -261,19 +259,32 @@ def _check_known(name: str) -> None:
     raise SparseAttentionError("options must name known settings", name, remedy)
 
 
-def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
-    chosen: dict[str, Any] = {}
-    known = list(declared_options())
-    for variable, value in environ.items():
-        if not variable.startswith(ENV_PREFIX) or variable in FOREIGN_VARIABLES:
-            continue
-        name = variable.removeprefix(ENV_PREFIX).lower()
-        if name in known:
-            chosen[name] = value
-        elif name in LATER_OPTIONS:
+def set_in_environment(environ: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The options that variables set, also those they set to their defaults, as text.
+
+    Args:
+        environ: the variables to read; the process's own by default.
+    """
+    known = declared_options()
+    return {name: value for name, value in _our_variables(environ).items() if name in known}
+
+
+def _our_variables(environ: Mapping[str, str] | None) -> dict[str, str]:
+    """Variables with our prefix, by what follows it in lower case."""
+    return {
+        variable.removeprefix(ENV_PREFIX).lower(): value
+        for variable, value in (os.environ if environ is None else environ).items()
+        if variable.startswith(ENV_PREFIX) and variable not in FOREIGN_VARIABLES
+    }
+
+
+def _from_environment(environ: Mapping[str, str] | None) -> dict[str, Any]:
+    chosen: dict[str, Any] = dict(set_in_environment(environ))
+    for name in _our_variables(environ).keys() - chosen:
+        if name in LATER_OPTIONS:
             _check_known(name)
         else:
-            _warn_unknown(variable)
+            _warn_unknown(ENV_PREFIX + name.upper())
     return chosen
 
 

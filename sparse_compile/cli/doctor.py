@@ -111,12 +111,13 @@ def check_environment(environ: Mapping[str, str]) -> list[Finding]:
         if name not in known:
             findings.append(Finding(name, ours[name], "No such option; see the options table in README.md."))
             continue
-        try:
-            Config.from_options({}, {name: ours[name]})
-        except SparseAttentionError as error:
-            findings.append(Finding(name, ours[name], str(error)))
-        else:
-            findings.append(Finding(name, ours[name]))
+        option = declared_options().get(name.removeprefix(ENV_PREFIX).lower())
+        # The method may be chosen in the code, so a variable alone is read as its own method reads it.
+        method = {} if option is None or option.method is None else {"method": option.method}
+        findings.append(Finding(name, ours[name], _refusal(method, {name: ours[name]})))
+    if ENV_PREFIX + "METHOD" in ours and not any(finding.problem for finding in findings):
+        together = _refusal({}, ours)
+        findings += [Finding("together", "these variables", together)] if together else []
     return findings or [Finding("environment", f"no {ENV_PREFIX}* variable is set")]
 
 
@@ -125,3 +126,12 @@ def _version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
+
+
+def _refusal(options: Mapping[str, object], environ: Mapping[str, str]) -> str:
+    """What the backend says against these options and variables; empty if it takes them."""
+    try:
+        Config.from_options(options, environ)
+    except SparseAttentionError as error:
+        return str(error)
+    return ""

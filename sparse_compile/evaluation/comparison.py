@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,16 +10,16 @@ import torch
 from diffusers import WanPipeline
 from torch import Tensor
 
-from sparse_compile.config import BUILT_IN_METHODS, ENV_PREFIX, FOREIGN_VARIABLES, Config, declared_options
+from sparse_compile.config import BUILT_IN_METHODS, Config, declared_options, set_in_environment
 from sparse_compile.evaluation import metrics
 from sparse_compile.evaluation.demo_model import Scene, VideoSize, generate
 
 DEMO_OPTIONS: Mapping[str, Mapping[str, object]] = {
-    "svg2": {"min_tokens": 64, "density": 0.25, "q_clusters": 24, "k_clusters": 72},
-    "adaspa": {"min_tokens": 64, "sparsity": 0.75, "block_size": 16},
+    "svg2": {"min_tokens": 64, "dense_layers": 0, "density": 0.25, "q_clusters": 24, "k_clusters": 72},
+    "adaspa": {"min_tokens": 64, "dense_layers": 0, "sparsity": 0.75, "block_size": 16},
 }
 """What suits a sequence of about a thousand tokens, by method: the defaults are made for a hundred thousand."""
-PLUG_IN_OPTIONS: Mapping[str, object] = {"min_tokens": 64}
+PLUG_IN_OPTIONS: Mapping[str, object] = {"min_tokens": 64, "dense_layers": 0}
 """The same for a method that is not built in, whose options nobody knows here."""
 METRICS = (metrics.psnr, metrics.psnr_frame, metrics.ssim, metrics.flicker_gap)
 
@@ -61,7 +60,7 @@ def demo_runs(given: Mapping[str, object], environ: Mapping[str, str] | None = N
     Raises:
         SparseAttentionError: an option is unknown, out of range, or belongs to another method than the chosen one.
     """
-    variables = _options_in(environ)
+    variables = set_in_environment(environ)
     if "method" in given or "method" in variables:
         options = demo_options(given, environ)
         return {str(options["method"]): options}
@@ -84,7 +83,7 @@ def demo_options(given: Mapping[str, object], environ: Mapping[str, str] | None 
     Raises:
         SparseAttentionError: an option is unknown, out of range, or belongs to another method.
     """
-    variables = _options_in(environ)
+    variables = set_in_environment(environ)
     method = str(given.get("method", variables.get("method", Config.method)))
     chosen = {*given, *variables}
     options = {name: value for name, value in _suited_to(method).items() if name not in chosen}
@@ -103,7 +102,7 @@ def resolved_options(options: Mapping[str, object], environ: Mapping[str, str] |
         environ: the variables to read; the process's own by default.
     """
     config = Config.from_options(options, environ)
-    chosen = {"method", "correction", *options, *_options_in(environ)}
+    chosen = {"method", "correction", *options, *set_in_environment(environ)}
     resolved = {
         name: getattr(config, name) for name in declared_options() if name in chosen and _belongs(name, config.method)
     }
@@ -121,17 +120,6 @@ def _belongs(name: str, method: str) -> bool:
     option = declared_options().get(name)
     owner = None if option is None else option.method
     return owner in (None, method) or method not in BUILT_IN_METHODS
-
-
-def _options_in(environ: Mapping[str, str] | None) -> dict[str, str]:
-    """The options that the environment names, also those that it sets to their defaults."""
-    known = declared_options()
-    variables = {
-        variable.removeprefix(ENV_PREFIX).lower(): value
-        for variable, value in (os.environ if environ is None else environ).items()
-        if variable.startswith(ENV_PREFIX) and variable not in FOREIGN_VARIABLES
-    }
-    return {name: value for name, value in variables.items() if name in known}
 
 
 def compile_transformer(

@@ -46,9 +46,7 @@ BY_ROLE = {
 NO_TEXT_NOTE = "taken as all video: this graph has no text input"
 
 
-def classify_sites(
-    sites: Sequence[Site], config: Config, inputs: Inputs, unsupported_reason: Refusal
-) -> list[Site]:
+def classify_sites(sites: Sequence[Site], config: Config, inputs: Inputs, unsupported_reason: Refusal) -> list[Site]:
     """Give every site its layout, role, mask form and decision.
 
     Before:

@@ -185,10 +185,7 @@ def split_axis(parts: Sequence[Part], view: Sequence[int], index: int) -> Parts:
         return [_factor(parts[0], view, index)]
     inner = prod(view[index + 1 :])
     if index == 0 and all(p.length % inner == 0 for p in parts):
-        return [
-            Part(Length(p.length // inner, None), p.origins, (p.length // inner,), p.axes, p.note)
-            for p in parts
-        ]
+        return [Part(Length(p.length // inner, None), p.origins, (p.length // inner,), p.axes, p.note) for p in parts]
     return [part(Length(view[index], None), all_origins(parts), Note.INTERLEAVED)]
 
 
@@ -198,11 +195,7 @@ def _factor(p: Part, view: Sequence[int], index: int) -> Part:
     before, behind = prod(view[:index]), prod(view[: index + 1])
     ends = [prod(p.factors[: k + 1]) for k in range(len(p.factors))]
     starts = [1, *ends[:-1]]
-    chosen = [
-        k
-        for k, (start, end) in enumerate(zip(starts, ends, strict=True))
-        if start >= before and end <= behind
-    ]
+    chosen = [k for k, (start, end) in enumerate(zip(starts, ends, strict=True)) if start >= before and end <= behind]
     if not chosen or prod(p.factors[k] for k in chosen) != size.hint:
         return Part(size, p.origins, (size.hint,), p.axes, p.note)
     axes = tuple(p.axes[k] for k in chosen) if len(p.axes) == len(p.factors) else ()

@@ -31,8 +31,22 @@ def test_an_unknown_variable_is_a_problem(monkeypatch, capsys):
         ({"SPARSE_ATTN_TOP_P": "1.5"}, "must be a number in (0, 1]"),
         ({"SPARSE_ATTN_DENSTY": "0.5"}, "No such option"),
         ({"SPARSE_ATTN_PRESET": "fast"}, "comes in a later version"),
+        ({"SPARSE_ATTN_SPARSITY": "0.5"}, ""),
+        ({"SPARSE_ATTN_METHOD": "adaspa", "SPARSE_ATTN_SPARSITY": "0.5"}, ""),
+        ({"SPARSE_ATTN_METHOD": "svg2", "SPARSE_ATTN_SPARSITY": "0.5"}, "belongs to method 'adaspa'"),
     ],
-    ids=["none", "known", "another project's", "another prefix", "bad value", "unknown", "later"],
+    ids=[
+        "none",
+        "known",
+        "another project's",
+        "another prefix",
+        "bad value",
+        "unknown",
+        "later",
+        "of a method chosen in the code",
+        "of the method chosen",
+        "of the other method",
+    ],
 )
 def test_variables_are_checked_by_name_and_value(variables, problem):
     problems = [finding.problem for finding in doctor.check_environment(variables) if finding.problem]

@@ -20,9 +20,9 @@ from sparse_compile.evaluation.metrics import to_unit_range
 SMALL = VideoSize(4, 32, 32)
 
 
-SVG2 = {"method": "svg2", "min_tokens": 64, "density": 0.25, "q_clusters": 24, "k_clusters": 72}
-ADASPA = {"method": "adaspa", "min_tokens": 64, "sparsity": 0.75, "block_size": 16}
-PLUG_IN = {"method": "module:Class", "min_tokens": 64}
+SVG2 = {"method": "svg2", "min_tokens": 64, "dense_layers": 0, "density": 0.25, "q_clusters": 24, "k_clusters": 72}
+ADASPA = {"method": "adaspa", "min_tokens": 64, "dense_layers": 0, "sparsity": 0.75, "block_size": 16}
+PLUG_IN = {"method": "module:Class", "min_tokens": 64, "dense_layers": 0}
 
 
 @pytest.fixture(autouse=True)

@@ -104,9 +104,7 @@ def test_groups_without_tokens_keep_nothing_and_are_not_kept():
 def test_state_that_is_not_ready_keeps_every_valid_key(padded):
     means = random_tensor(40, 16)
     sizes = [3] * 39 + [0] + [2, 2]
-    kept = plan_map(
-        means, means, sizes, sizes, top_p=0.1, ready=torch.zeros(1, dtype=torch.int32), padded=padded
-    )
+    kept = plan_map(means, means, sizes, sizes, top_p=0.1, ready=torch.zeros(1, dtype=torch.int32), padded=padded)
     rows = [*range(39), 40] + ([41] if padded else [])
     assert kept[rows][:, [*range(39), 40]].all()
     assert not kept[:, [39, 41]].any() and not kept[39].any()

@@ -219,9 +219,7 @@ def test_tokens_that_are_not_finite_get_label_0_and_touch_nothing_else(kernel, v
 def test_empty_classes_are_legal(kernel, spans, valid, groups):
     x = random_tensor(2, 1, 50, 8)
     mask = None if valid is None else torch.zeros(1, 50, dtype=torch.bool)
-    got = cluster(
-        x, x, 4, 4, q_valid=mask, k_valid=mask, q_video=spans, k_video=spans, kernel=kernel, iterations=2
-    )
+    got = cluster(x, x, 4, 4, q_valid=mask, k_valid=mask, q_video=spans, k_video=spans, kernel=kernel, iterations=2)
     sizes = got.q_offsets[0, 0].diff()
     assert (sizes[:4].sum().item(), sizes[4].item(), sizes[5].item()) == groups
     assert torch.isfinite(got.q_means).all() and torch.isfinite(got.k_centroids).all()

@@ -270,9 +270,7 @@ def test_two_runs_give_the_same_bits_also_when_other_calls_run_between(kernel, d
     first = call(q, k, v, kernel=kernel)
     call(*inputs(77, 33, 5), kernel=kernel)
     second = call(q, k, v, kernel=kernel)
-    assert_same_bits(
-        (*first[0].outputs, first[1].keep, first[2]), (*second[0].outputs, second[1].keep, second[2])
-    )
+    assert_same_bits((*first[0].outputs, first[1].keep, first[2]), (*second[0].outputs, second[1].keep, second[2]))
 
 
 @fewer

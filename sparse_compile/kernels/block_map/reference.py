@@ -93,9 +93,7 @@ def shares(mass: Tensor) -> Tensor:
     return weights / weights.sum(-1, keepdim=True).clamp(min=torch.finfo(mass.dtype).tiny)
 
 
-def select(
-    mass: Tensor, rank: Tensor, sizes: Tensor, top_p: float, minimum: int, density: float | None
-) -> Tensor:
+def select(mass: Tensor, rank: Tensor, sizes: Tensor, top_p: float, minimum: int, density: float | None) -> Tensor:
     """Keep the first clusters of each row, up to a mass (top_p) or to a share of the keys (density).
 
     Shapes: mass (a_ij) and rank [Cq, Ck]; sizes int32 [Ck], the same for all rows.
