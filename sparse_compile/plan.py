@@ -68,15 +68,21 @@ class Plan:
     def density(self) -> Tensor:
         """Attended pairs over valid pairs, float32 [B, H]; padding counts on neither side (docs/svg2.md, section 11).
 
-        1.0 where there is no valid pair. Products are taken in float64: at 720p one head has 6e9 pairs.
+        1.0 where there is no valid pair. Products are taken in float64, one head at a time: at 720p it has 6e9 pairs
+        of tokens and 3e6 pairs of blocks.
         """
-        q_sizes = self.q_offsets.diff().double()
-        k_sizes = self.k_offsets.diff().double()
-        k_sizes = k_sizes.repeat_interleave(q_sizes.shape[1] // k_sizes.shape[1], dim=1)
-        row_keys = (self.kept().double() @ k_sizes.unsqueeze(-1)).squeeze(-1)
-        pairs = (row_keys * q_sizes)[..., :-1].sum(-1)
-        valid = q_sizes[..., :-1].sum(-1) * k_sizes[..., :-1].sum(-1)
-        return torch.where(valid > 0, pairs / valid.clamp(min=1), 1.0).float()
+        q_sizes, k_sizes = self.q_offsets.diff(), self.k_offsets.diff()
+        shared = q_sizes.shape[1] // k_sizes.shape[1]
+        densities = []
+        for batch in range(q_sizes.shape[0]):
+            for head in range(q_sizes.shape[1]):
+                own = k_sizes[batch, head // shared]
+                kept = unpack_bits(self.keep[batch, head], self.key_groups)
+                row_keys = torch.where(kept, own, 0).sum(-1)
+                rows = q_sizes[batch, head, :-1].double()
+                valid = rows.sum() * own[:-1].sum()
+                densities.append(torch.where(valid > 0, rows @ row_keys[:-1].double() / valid.clamp(min=1), 1.0))
+        return torch.stack(densities).view(q_sizes.shape[:2]).float()
 
 
 @dataclass(frozen=True)

@@ -104,9 +104,9 @@ def _block_mass(
     Returns:
         mass float32 [B, H, Gq, Gk]: the sum over the rows of group p and the keys of group r of exp(scale q.k - lse);
         0 for the padding group of either side, and for whatever is not finite. With an exact ``lse`` row p sums to the
-        size of p. And spread float32 [B, H] in nats: how much the log-sum-exp moved within a query group since
-        ``lse`` was kept (0 if ``fresh``). Above `MOST_SPREAD`, and where it cannot be told, ``lse`` is computed anew
-        and the mass is exact again.
+        size of p. And spread float32 [B, H] in nats: how much the log-sum-exp moved within a query group since ``lse``
+        was kept (0 if ``fresh``, or with one row a group). Above `MOST_SPREAD`, and where it cannot be told, ``lse`` is
+        computed anew and the mass is exact again.
     """
     from sparse_compile.plan import Groups
 
@@ -172,8 +172,8 @@ def _plan_top_k(
         kernel: which implementation.
 
     Returns:
-        recall float32 [B, H], the share of the mass of video rows that is kept (1 where there is none); and counts
-        int32 [B, H], the video blocks that each video row keeps.
+        recall float32 [B, H], the share of its mass that a video row keeps, mean over their tokens (1 where there is no
+        mass); and counts int32 [B, H], the video blocks that each video row keeps.
     """
     from sparse_compile.kernels.block_map import top_k_reference
 
@@ -215,7 +215,14 @@ def _plan_top_k_fake(
 
 
 def _kept_blocks(
-    keep: Tensor, ready: Tensor, q_offsets: Tensor, k_offsets: Tensor, padded_queries_attend: bool, kernel: str
+    keep: Tensor,
+    ready: Tensor,
+    q_offsets: Tensor,
+    q_is_video: Tensor,
+    k_offsets: Tensor,
+    k_is_video: Tensor,
+    padded_queries_attend: bool,
+    kernel: str,
 ) -> Tensor:
     """The keep bitmap of an earlier call for the tokens of this one.
 
@@ -223,21 +230,31 @@ def _kept_blocks(
         keep: int32 [B, H, Gq, ceil(Gk / 32)], from `plan_top_k`.
         ready: int32 [1]; 0: ``keep`` holds nothing yet, and every valid key is kept for every query.
         q_offsets: int32 [B, H, Gq + 1].
+        q_is_video: bool [Gq].
         k_offsets: int32 [B, Hkv, Gk + 1].
+        k_is_video: bool [Gk].
         padded_queries_attend: whether padding queries attend to every valid key or to nothing.
         kernel: which implementation.
 
     Returns:
-        A keep bitmap of the same shape; groups without tokens are neither kept nor keep anything.
+        A keep bitmap of the same shape. Text is kept as it is now, also where a block of it held only padding then. A
+        row that had no tokens then keeps everything; groups that have none now are neither kept nor keep anything.
     """
     from sparse_compile.kernels.block_map import top_k_reference
 
     implementation(kernel)
-    return top_k_reference.kept_blocks(keep, ready, q_offsets, k_offsets, padded_queries_attend)
+    return top_k_reference.kept_blocks(keep, ready, q_offsets, q_is_video, k_offsets, k_is_video, padded_queries_attend)
 
 
 def _kept_blocks_fake(
-    keep: Tensor, ready: Tensor, q_offsets: Tensor, k_offsets: Tensor, padded_queries_attend: bool, kernel: str
+    keep: Tensor,
+    ready: Tensor,
+    q_offsets: Tensor,
+    q_is_video: Tensor,
+    k_offsets: Tensor,
+    k_is_video: Tensor,
+    padded_queries_attend: bool,
+    kernel: str,
 ) -> Tensor:
     return keep.new_empty(keep.shape)
 
@@ -264,8 +281,8 @@ register(
     _plan_top_k_fake,
 )
 register(
-    "kept_blocks(Tensor keep, Tensor ready, Tensor q_offsets, Tensor k_offsets, bool padded_queries_attend,"
-    " str kernel) -> Tensor",
+    "kept_blocks(Tensor keep, Tensor ready, Tensor q_offsets, Tensor q_is_video, Tensor k_offsets, Tensor k_is_video,"
+    " bool padded_queries_attend, str kernel) -> Tensor",
     _kept_blocks,
     _kept_blocks_fake,
 )

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from sparse_compile.errors import SparseAttentionError
 
@@ -25,8 +27,25 @@ def register(schema: str, body: Callable[..., Any], fake: Callable[..., Any]) ->
     """
     name = schema.partition("(")[0]
     LIBRARY.define(schema)
-    LIBRARY.impl(name, body, "CompositeExplicitAutograd")  # opaque to Inductor: nothing is decomposed
+    LIBRARY.impl(name, _undisturbed(body), "CompositeExplicitAutograd")  # opaque to Inductor: nothing is decomposed
     torch.library.register_fake(f"sparse_compile::{name}", fake, lib=LIBRARY)
+
+
+def _undisturbed(body: Callable[..., Any]) -> Callable[..., Any]:
+    """The body as it is without autocast and without gradients: it chooses its own precisions, and has no gradient.
+
+    (Who asks for one gets torch's warning.) Where the caller has neither, as under ``no_grad``, nothing is entered.
+    """
+
+    @functools.wraps(body)
+    def run(first: Tensor, *others: Any) -> Any:
+        device = first.device.type
+        if not (torch.is_grad_enabled() or torch.is_autocast_enabled(device)):
+            return body(first, *others)
+        with torch.no_grad(), torch.autocast(device, enabled=False):
+            return body(first, *others)
+
+    return run
 
 
 def implementation(kernel: str) -> str:

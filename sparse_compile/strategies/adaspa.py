@@ -146,9 +146,17 @@ def _write_blocks(build: GraphBuilder) -> _Blocks:
 
 
 def _write_kept_plan(build: GraphBuilder, blocks: _Blocks) -> PlanNodes:
-    keep, ready = build.state("keep"), build.state("ready")
-    attend = build.padded_queries_attend()
-    return blocks.plan(build.call("kept_blocks", keep, ready, blocks.q_offsets, blocks.k_offsets, attend))
+    kept = build.call(
+        "kept_blocks",
+        build.state("keep"),
+        build.state("ready"),
+        blocks.q_offsets,
+        blocks.q_is_video,
+        blocks.k_offsets,
+        blocks.k_is_video,
+        build.padded_queries_attend(),
+    )
+    return blocks.plan(kept)
 
 
 def _write_search(build: GraphBuilder, blocks: _Blocks, *, fresh: bool) -> tuple[PlanNodes, Node]:
@@ -185,21 +193,21 @@ def _write_search(build: GraphBuilder, blocks: _Blocks, *, fresh: bool) -> tuple
 
 
 def search_steps(moment: Moment, config: Config) -> tuple[int, ...]:
-    """The steps, from 0, whose calls search: an option of 10 (or 0.2 of 50) is the tenth step, 9; 0 is the first.
+    """The steps, from 0, whose calls search again: an option of 10 (or 0.2 of 50) is the tenth step, 9; 0 is the first.
 
     Raises:
         SparseAttentionError: a count lies behind the last step.
     """
     steps = []
-    for place, given in enumerate(config.search_steps):
+    for given in config.search_steps:
         if isinstance(given, int) and given > moment.steps:
             raise SparseAttentionError(
                 "search_steps must lie within the run",
                 f"{given} of {moment.steps} steps",
                 "Give shares, such as '0.2,0.6', which fit every run.",
             )
-        if place and isinstance(given, float) and moment.steps < FEWEST_STEPS_TO_SEARCH_AGAIN:
-            break
+        if isinstance(given, float) and moment.steps < FEWEST_STEPS_TO_SEARCH_AGAIN:
+            continue
         steps.append(max(0, moment.count(given) - 1))
     return tuple(steps)
 

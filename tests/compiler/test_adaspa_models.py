@@ -256,8 +256,8 @@ def test_masked_text_equals_text_cut_off(mask_of: Callable[[Tensor], Tensor], co
     padded = torch.ones(len(hidden), TOKENS + TEXT, dtype=torch.bool)
     padded[:, TOKENS + WORDS_LEFT :] = False
 
-    def masked(hidden: Tensor, words: Tensor, valid: Tensor | None) -> Tensor:
-        return model(hidden, words, None if valid is None else mask_of(valid))
+    def masked(hidden_states: Tensor, encoder_hidden_states: Tensor, valid: Tensor | None) -> Tensor:
+        return model(hidden_states, encoder_hidden_states, None if valid is None else mask_of(valid))
 
     outputs = []
     for prompt, valid in ((words, padded), (words[:, :WORDS_LEFT], None)):

@@ -124,11 +124,20 @@ def test_a_branch_that_comes_twice_is_a_warning_in_the_report() -> None:
 
 
 @pytest.mark.parametrize("lowering", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_under_autocast_every_phase_has_the_dtype_of_dense_attention(lowering: str) -> None:
+@pytest.mark.parametrize(
+    ("given", "phases"),
+    [
+        ({"top_p": 1.0}, ["dense", "search", "sparse"]),
+        ({"method": "adaspa", "sparsity": 0, "block_size": 16}, ["search", "sparse", "sparse"]),
+    ],
+    ids=["svg2", "adaspa"],
+)
+def test_under_autocast_every_phase_has_the_dtype_of_dense_attention(
+    given: dict[str, Any], phases: list[str], lowering: str
+) -> None:
     model = Stack(1)
-    call = torch.compile(
-        model.blocks[0], backend="sparse_attn", options={**OPTIONS, "top_p": 1.0, "lowering": lowering}
-    )
+    options = {"min_tokens": 1, "dense_layers": 0, "dense_steps": 1, "lowering": lowering, **given}
+    call = torch.compile(model.blocks[0], backend="sparse_attn", options=options)
     with torch.autocast("cpu", torch.bfloat16), sparse_compile.denoising(model, steps=3) as clock:
         for _ in range(3):
             out, want = call(tokens()), model.blocks[0](tokens())
@@ -136,7 +145,7 @@ def test_under_autocast_every_phase_has_the_dtype_of_dense_attention(lowering: s
             torch.testing.assert_close(out, want, rtol=2e-2, atol=2e-2)
             clock.step()
     (layer,) = REGISTRY.layers_of(model.blocks[0].to_q.weight)
-    assert [str(call.phase) for call in layer.history] == ["dense", "search", "sparse"]
+    assert [str(call.phase) for call in layer.history] == phases
 
 
 def test_state_of_other_resolutions_is_given_back() -> None:

@@ -65,7 +65,8 @@ class Site:
         )
         groups = (q_order, q_offsets, k_order, k_offsets)
         if phase == "sparse":
-            kept = OPS.kept_blocks(self.keep, self.ready, q_offsets, k_offsets, True, KERNEL)
+            sides = (q_offsets, q_video, k_offsets, k_video)
+            kept = OPS.kept_blocks(self.keep, self.ready, *sides, True, KERNEL)
             return self.attend((*groups, kept), paired=True)
         if phase == "search":
             out: torch.Tensor = OPS.attention_with_lse(

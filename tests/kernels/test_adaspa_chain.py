@@ -104,7 +104,7 @@ class Site:
     def plan(self, q, k):
         """The plan in the state."""
         query, key = self.blocks(q, k)
-        keep = OPS.kept_blocks(self.state["keep"], self.state["ready"], query[1], key[1], True, self.kernel)
+        keep = OPS.kept_blocks(self.state["keep"], self.state["ready"], *query[1:], *key[1:], True, self.kernel)
         return Plan(*query[:2], *key[:2], keep)
 
     def first_search(self, q, k, v):

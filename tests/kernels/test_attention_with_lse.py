@@ -251,3 +251,10 @@ def test_the_reference_reads_no_value_on_the_host(masks, token_major):
     real = OPS.attention_with_lse(*args)
     for result in (body, fake):
         assert result.shape == real.shape and result.stride() == real.stride() and result.dtype == real.dtype
+
+
+@pytest.mark.parametrize("kernel", IMPLEMENTATIONS)
+def test_without_queries_nothing_is_computed(kernel):
+    q, k = torch.zeros(1, 2, 0, 16), torch.zeros(1, 2, 5, 16)
+    out = OPS.attention_with_lse(q, k, k, None, None, torch.zeros(1, 2, 0), True, 0.25, True, kernel)
+    assert out.shape == (1, 2, 0, 16)

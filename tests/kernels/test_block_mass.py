@@ -246,7 +246,7 @@ def test_a_log_sum_exp_that_moved_within_groups_is_made_anew_in_that_head_alone(
 
 @each_kernel
 @pytest.mark.parametrize("row", [slice(None), 40])
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e4, -1e4, 3e38])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e4, -1e4, 3e38, 70.0])
 @pytest.mark.parametrize("ready", [0, 1])
 def test_a_log_sum_exp_that_does_not_fit_at_all_is_made_anew(kernel, row, value, ready):
     q, k, sides = ragged()
@@ -288,7 +288,7 @@ def test_a_key_that_is_not_finite_counts_as_nothing_and_makes_no_head_invalid_fo
     spoiled[0, 0, 40, 3] = value
     for some_mass in (True, False):
         mass, spread, kept = search(q, spoiled, kept, sides, kernel=kernel)
-        assert torch.isfinite(mass).all() and torch.isfinite(spread).all()
+        assert (mass.sum(-1) < 33).all() and torch.isfinite(spread).all(), "not even the block of that key is large"
         assert not some_mass or (mass[:, :, :-1].sum(-1) > 0).all()
     gives_nan = torch.ones(223, dtype=torch.bool) if math.isnan(value) else q[0, 0, :, 3] > 0
     assert torch.equal(torch.isfinite(kept[0, 0]), ~gives_nan)

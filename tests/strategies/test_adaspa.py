@@ -64,6 +64,17 @@ def test_short_runs_search_once(steps: int, dense: int, searches: list[int]) -> 
 
 
 @pytest.mark.parametrize(
+    "options",
+    [{"dense_steps": 0}, {"dense_steps": 1}, {"dense_steps": 0.1}, {"search_steps": "0.6"}],
+    ids=["none dense", "one dense", "a tenth dense", "a late share"],
+)
+@pytest.mark.parametrize("steps", [4, 8, 12, 19])
+def test_no_share_names_a_second_search_in_a_short_run(options: dict[str, Any], steps: int) -> None:
+    phases = schedule(steps, **options)
+    assert Phase.REFINE not in phases and phases.count(Phase.SEARCH) == 1
+
+
+@pytest.mark.parametrize(
     ("options", "searches"),
     [
         ({"search_steps": "10,20,30,40"}, [9, 19, 29, 39]),

@@ -1,4 +1,4 @@
-"""Which key blocks each query block attends to, by measured mass and a budget a head (docs/adaspa.md, 5, 6 and 13.1).
+"""Which key blocks each query block attends to, by mass and a budget a head (docs/adaspa.md, sections 5 and 6).
 
 Plain torch on any device; nothing is read on the host. Blocks are ranked one (batch item, head) at a time, so that
 memory stays bounded and a batch equals its items bit for bit.
@@ -38,9 +38,9 @@ def plan_top_k(
     Shapes: mass float32 [B, H, Gq, Gk]; q_offsets int32 [B, H, Gq + 1]; q_is_video bool [Gq]; k_offsets int32
         [B, Hkv, Gk + 1]; k_is_video bool [Gk]. The blocks of an item are those of its first head: all heads are cut
         alike.
-    Returns: keep int32 [B, H, Gq, ceil(Gk / 32)]; recall float32 [B, H], the share of the mass of the video rows that
-        is kept (1 where there is none); counts int32 [B, H], the video blocks that each video row keeps. The counts of
-        an item sum to H times the even count. Mass that is not finite counts as 0.
+    Returns: keep int32 [B, H, Gq, ceil(Gk / 32)]; recall float32 [B, H], the share of its mass that a video row keeps,
+        mean over the tokens (1 where there is no mass); counts int32 [B, H], the video blocks that each video row
+        keeps. The counts of an item sum to H times the even count. Mass that is not finite counts as 0.
     """
     maps, recalls, counts = [], [], []
     for batch, item in enumerate(mass.unbind(0)):
@@ -55,9 +55,9 @@ def plan_top_k(
             exact = torch.where(raw.isfinite(), raw, 0).double()
             place = places(exact, candidates, sizes, rank_by, seed, head)
             kept = [candidates & (place < budget) | ~k_is_video for budget in budgets]
-            valid = torch.where(rows & _occupied(sizes), exact, 0)
+            share = shares(torch.where(rows & _occupied(sizes), exact, 0), row_sizes)
             own_maps.append(torch.stack([pack_bits(level) for level in kept]))
-            own_recalls.append(torch.stack([recall(valid, level) for level in kept]))
+            own_recalls.append(torch.stack([recall(share, level) for level in kept]))
         by_level = torch.stack(own_recalls)  # [H, 3]
         level = chosen_levels(by_level[:, FEWER], by_level[:, EVEN], head_adaptive)
         index = torch.arange(len(own_maps), device=mass.device)
@@ -70,16 +70,23 @@ def plan_top_k(
 
 
 def kept_blocks(
-    keep: Tensor, ready: Tensor, q_offsets: Tensor, k_offsets: Tensor, padded_queries_attend: bool
+    keep: Tensor,
+    ready: Tensor,
+    q_offsets: Tensor,
+    q_is_video: Tensor,
+    k_offsets: Tensor,
+    k_is_video: Tensor,
+    padded_queries_attend: bool,
 ) -> Tensor:
     """A stored keep bitmap for the tokens of this call; everything that is valid where there is none yet.
 
-    Shapes: keep int32 [B, H, Gq, ceil(Gk / 32)]; ready int32 [1]; q_offsets int32 [B, H, Gq + 1]; k_offsets int32
-        [B, Hkv, Gk + 1].
-    Returns: int32 as ``keep``. A group without tokens is neither kept nor keeps anything.
+    Shapes: keep int32 [B, H, Gq, ceil(Gk / 32)]; ready int32 [1]; q_offsets int32 [B, H, Gq + 1]; q_is_video bool [Gq];
+        k_offsets int32 [B, Hkv, Gk + 1]; k_is_video bool [Gk].
+    Returns: int32 as ``keep``. Text is kept by all, and keeps everything. A video row without a bit had no tokens when
+        the plan was made: it keeps everything too. A group without tokens is neither kept nor keeps anything.
     """
-    whole = (ready == 0).expand(keep.shape[:-1])
-    return complete_rows(keep, whole, q_offsets, k_offsets, padded_queries_attend)
+    whole = (ready == 0) | ~q_is_video | (keep == 0).all(-1)
+    return complete_rows(keep | pack_bits(~k_is_video), whole, q_offsets, k_offsets, padded_queries_attend)
 
 
 def even_count(blocks: Tensor, sparsity: float) -> Tensor:
@@ -126,11 +133,20 @@ def places(exact: Tensor, candidates: Tensor, sizes: Tensor, rank_by: str, seed:
     return _rank(torch.where(candidates, -rank, math.inf))
 
 
-def recall(valid: Tensor, kept: Tensor) -> Tensor:
-    """Kept share of all ``valid`` mass, float64 []; 1 where there is none. Both [Gq, Gk]."""
-    total = valid.sum()
-    share = torch.where(kept, valid, 0).sum() / total
-    return torch.where(total > 0, share.clamp(max=1), 1.0)
+def shares(valid: Tensor, sizes: Tensor) -> Tensor:
+    """The share of all mass that each pair of blocks holds, float64 [Gq, Gk], every row counting by its tokens.
+
+    A row is divided by its own sum first: with the log-sum-exp of an earlier step the sums have drifted, and a row of
+    large drift would speak for the others. Shapes: valid [Gq, Gk]; sizes int32 [Gq].
+    """
+    total = valid.sum(-1, keepdim=True)
+    weight = torch.where(total > 0, sizes.unsqueeze(-1), 0)
+    return valid / torch.where(total > 0, total, 1) * (weight / weight.sum().clamp(min=1))
+
+
+def recall(share: Tensor, kept: Tensor) -> Tensor:
+    """Sum of the shares [Gq, Gk] that are kept, float64 []; 1 where there is no mass at all."""
+    return torch.where((share > 0).any(), torch.where(kept, share, 0).sum().clamp(max=1), 1.0)
 
 
 def complete_rows(

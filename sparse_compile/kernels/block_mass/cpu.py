@@ -12,7 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sparse_compile.kernels.block_mass.reference import LARGEST_EXPONENT, LOG2_E, MOST_SPREAD, copied
+from sparse_compile.kernels.block_mass.reference import LARGEST_EXPONENT, LOG2_E, MOST_SPREAD
+from sparse_compile.kernels.precision import copied
 from sparse_compile.plan import Groups
 
 ROWS_AT_ONCE = 128
@@ -50,6 +51,8 @@ def attention_with_lse(
     Computed in float32 for 16-bit inputs too: in these torch's kernel uses a coarser exponential, and its log-sum-exp
     is 2e-5 too low on average (measured with torch 2.13), which is more than block masses may be off.
     """
+    if not q.numel():
+        return  # torch's kernel divides by the number of queries
     shared = q.shape[1] // k.shape[1]
     width = max(q.shape[3], v.shape[3])
     for batch in range(q.shape[0]):
@@ -114,7 +117,7 @@ def _search(
     spread = math.inf
     if ready:
         sums, ratios = _measure(q, lse, looked_at, keys, len(sizes), scale)
-        sound = (ratios > 0) & (ratios < 2**LARGEST_EXPONENT)
+        sound = (ratios > 2**-LARGEST_EXPONENT) & (ratios < 2**LARGEST_EXPONENT)
         doubtful = looked_at.token[~sound]
         # Rows without a key and rows of NaN cannot be measured, now or ever: only their own dense value tells.
         dense = _dense_lse(q, doubtful, keys, scale)
@@ -178,7 +181,7 @@ def _sum_tile(
         terms = scratch[: len(rows) * len(part)].view(len(rows), len(part))
         torch.addmm(shift, rows, part.t(), alpha=scale * LOG2_E, out=terms)
         if careful:
-            terms.clamp_(max=LARGEST_EXPONENT)
+            terms.masked_fill_(terms == math.inf, math.nan).clamp_(max=LARGEST_EXPONENT)
         terms.exp2_()
         ratios += terms.sum(1)
         if careful:

@@ -13,6 +13,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from sparse_compile.kernels.precision import copied
+from sparse_compile.kernels.token_blocks.spans import present
 from sparse_compile.plan import Groups
 
 MOST_SPREAD = 0.5
@@ -22,7 +24,8 @@ AdaSpa (arXiv 2502.21079) reuses the log-sum-exp of an earlier step. A shift of 
 within a group does. Up to this spread the plan loses about 0.01 of recall (docs/adaspa.md, section 8).
 """
 LARGEST_EXPONENT = 64.0
-"""Where base-2 exponents are cut off, so that no sum overflows. A row that gets there is not to be trusted."""
+"""Where base-2 exponents are cut off, so that no sum overflows. A row whose sum gets there, or as far below 1, where
+float32 runs out of digits, is not to be trusted."""
 LOG2_E = 1 / math.log(2)
 
 SCORES_AT_ONCE = 2**20
@@ -54,8 +57,8 @@ def attention_with_lse(
     batches, heads, queries, _ = q.shape
     shared = heads // k.shape[1]
     for batch in range(batches):
-        usable = _valid_tokens(k_valid, batch, k)
-        attends = _valid_tokens(None if padded_queries_attend else q_valid, batch, q)
+        usable = present(k_valid, batch, k.shape[2], k.device)
+        attends = present(None if padded_queries_attend else q_valid, batch, queries, q.device)
         for head in range(heads):
             key, value = copied(k[batch, head // shared]), copied(v[batch, head // shared])
             value = torch.where(usable.unsqueeze(1), value, 0)  # a weight of 0 times NaN is NaN
@@ -157,7 +160,7 @@ def _mass_of_head(
     if fresh:
         return mass.float(), mass.new_zeros(())
     ratios, dense_lse = torch.cat(ratio), torch.cat(dense)
-    sound = (ratios > 0) & (ratios < 2**LARGEST_EXPONENT)
+    sound = (ratios > 2**-LARGEST_EXPONENT) & (ratios < 2**LARGEST_EXPONENT)
     moved = torch.where(sound, ratios, 1).log()
     counted = looked_at & sound & torch.isfinite(dense_lse)
     spread = _spread(moved, counted, q_bounds, group)
@@ -172,9 +175,9 @@ def _mass_of_head(
 
 def _terms(scores: Tensor, lse: Tensor) -> Tensor:
     """The exponential of scores - lse, 0 where that is not finite: float64 [Sk, rows] from [Sk, rows] and [rows]."""
-    exponent = ((scores - lse) * LOG2_E).clamp(max=LARGEST_EXPONENT)
-    terms = exponent.exp2()
-    return torch.where(torch.isfinite(terms) & torch.isfinite(lse), terms, 0).double()
+    exponent = (scores - lse) * LOG2_E
+    usable = (exponent < math.inf) & torch.isfinite(lse)  # an infinite score is not a large one: it counts as nothing
+    return torch.where(usable, exponent.clamp(max=LARGEST_EXPONENT).exp2(), 0).double()
 
 
 def _sums_of_rows(by_key: Tensor, looked_at: Tensor, bounds: Tensor) -> Tensor:
@@ -210,20 +213,7 @@ def _one_head(side: Groups, batch: int, head: int, in_place: Tensor) -> tuple[Te
     return order, side.offsets[batch, head].to(torch.int64)
 
 
-def _valid_tokens(mask: Tensor | None, batch: int, x: Tensor) -> Tensor:
-    """The mask of a batch item, bool [S], from [B or 1, S]; all of the tokens of x [B, H, S, D] without one."""
-    if mask is None:
-        return torch.ones(x.shape[2], dtype=torch.bool, device=x.device)
-    return mask.expand(x.shape[0], -1)[batch]
-
-
 def _pieces(rows: int, keys: int) -> Iterator[slice]:
     """Cut the rows so that their scores against all keys stay few."""
     step = max(FEWEST_ROWS, SCORES_AT_ONCE // max(1, keys))
     return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
-
-
-def copied(x: Tensor) -> Tensor:
-    """A new contiguous copy in the dtype of the computation: results depend on no stride and no alignment."""
-    compute = torch.float64 if x.dtype is torch.float64 else torch.float32
-    return x.to(compute, copy=True, memory_format=torch.contiguous_format)

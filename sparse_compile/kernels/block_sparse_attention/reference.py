@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sparse_compile.kernels.precision import copied
 from sparse_compile.plan import Plan, PooledKeys, unpack_bits
 
 SCORES_AT_ONCE = 2**24
@@ -57,7 +58,7 @@ def attention(
             key_head = head // shared
             q_group = group_of_token(plan.q_order, plan.q_offsets, batch, head, queries)
             k_group = group_of_token(plan.k_order, plan.k_offsets, batch, key_head, k.shape[2])
-            key, value = _copied(k[batch, key_head]), _copied(v[batch, key_head])
+            key, value = copied(k[batch, key_head]), copied(v[batch, key_head])
             kept = unpack_bits(plan.keep[batch, head], plan.key_groups)
             by_key = kept.index_select(1, k_group)
             tail = None
@@ -68,7 +69,7 @@ def attention(
                 part = slice(start, start + rows)
                 own_tail = None if tail is None else tail._replace(skipped=tail.skipped.index_select(0, q_group[part]))
                 mask = by_key.index_select(0, q_group[part])
-                result, log_sum = attend(_copied(q[batch, head, part]), key, value, mask, scale, own_tail)
+                result, log_sum = attend(copied(q[batch, head, part]), key, value, mask, scale, own_tail)
                 out[batch, head, part] = result.to(out.dtype)
                 lse[batch, head, part] = log_sum
     return lse
@@ -145,9 +146,3 @@ def _weighted_sum(weights: Tensor, values: Tensor, mask: Tensor) -> Tensor:
     finite = torch.isfinite(values)
     spoiled = mask.to(values.dtype) @ (~finite).to(values.dtype) > 0
     return torch.where(spoiled, math.nan, weights @ torch.where(finite, values, 0))
-
-
-def _copied(x: Tensor) -> Tensor:
-    """A new contiguous copy in the dtype of the computation: results depend on no stride and no alignment."""
-    compute = torch.float64 if x.dtype is torch.float64 else torch.float32
-    return x.to(compute, copy=True, memory_format=torch.contiguous_format)

@@ -1,4 +1,4 @@
-"""The attention mass that a Plan keeps, measured on probe rows, in plain torch (docs/adaspa.md, section 13.2)."""
+"""The attention mass that a Plan keeps, measured on probe rows, in plain torch (docs/adaspa.md, section 13)."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from sparse_compile.kernels.block_sparse_attention.reference import group_of_token
-from sparse_compile.kernels.kmeans.reference import compute_dtype, fresh
 from sparse_compile.kernels.kmeans.stratified import one_of_each_stratum
+from sparse_compile.kernels.precision import copied
 from sparse_compile.kernels.token_blocks.spans import inside, present
 from sparse_compile.plan import Plan, unpack_bits
 
@@ -34,7 +34,7 @@ def kept_mass(
     more of them than ``rows``, each is looked at once and the mean is exact. Rows without a finite log-sum-exp over the
     valid keys do not count.
 
-    Source: docs/adaspa.md, section 13.2 (not in arXiv 2502.21079).
+    Source: docs/adaspa.md, section 13 (not in arXiv 2502.21079).
     Shapes: q [B, H, Sq, D] and k [B, Hkv, Sk, D], any strides; q_valid bool [B or 1, Sq] or None; q_video
         [start, stop, …].
     Dtypes: computed in float32, or in float64 for float64 inputs.
@@ -47,7 +47,6 @@ def kept_mass(
     if queries == 0 or keys == 0:
         return measured
     shared = heads // k.shape[1]
-    compute = compute_dtype(q.dtype)
     video = inside(q_video, queries, q.device)
     at_once = max(1, SCORES_AT_ONCE // keys)
     for batch in range(batches):
@@ -57,11 +56,11 @@ def kept_mass(
             token, occupied = one_of_each_stratum(included, rows, seed, ROLE, head)
             q_group = group_of_token(plan.q_order, plan.q_offsets, batch, head, queries).index_select(0, token)
             k_group = group_of_token(plan.k_order, plan.k_offsets, batch, key_head, keys)
-            key, own = fresh(k[batch, key_head], compute), q[batch, head]
+            key, own = copied(k[batch, key_head]), q[batch, head]
             bits = plan.keep[batch, head]
             parts = []
             for chosen, group in zip(token.split(at_once), q_group.split(at_once), strict=True):
-                logits = (fresh(own.index_select(0, chosen), compute) @ key.t()) * scale
+                logits = (copied(own.index_select(0, chosen)) @ key.t()) * scale
                 kept = unpack_bits(bits.index_select(0, group), plan.key_groups).index_select(1, k_group)
                 parts.append(row_shares(logits, k_group < plan.key_groups - 1, kept))
             share = torch.cat(parts)

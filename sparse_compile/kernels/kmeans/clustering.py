@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sparse_compile.kernels.kmeans import cpu, reference
 from sparse_compile.kernels.permutation.reference import sort_labels
+from sparse_compile.kernels.precision import compute_dtype
 from sparse_compile.kernels.token_blocks.spans import inside, present
 
 IMPLEMENTATIONS: dict[str, ModuleType] = {"cpu": cpu, "reference": reference}
@@ -68,7 +69,7 @@ def lloyd(x: Tensor, included: Tensor, start: Tensor, iterations: int, steps: Mo
 
     Centroids stay in float32 between iterations; only the assignment rounds them (section 5.1).
     """
-    means = start.to(reference.compute_dtype(x.dtype))
+    means = start.to(compute_dtype(x.dtype))
     labels = None
     for _ in range(iterations):
         previous = labels

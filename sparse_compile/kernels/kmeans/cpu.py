@@ -10,11 +10,11 @@ from torch import Tensor
 
 from sparse_compile.kernels.kmeans.reference import (
     countable,
-    fresh,
     means_of_sums,
     scoring_operands,
     stratified_sample,
 )
+from sparse_compile.kernels.precision import copied
 
 __all__ = ["STOPS_AT_FIXED_POINT", "assign", "countable", "stratified_sample", "update"]
 
@@ -33,7 +33,7 @@ def assign(x: Tensor, centroids: Tensor, included: Tensor) -> Tensor:
     scores = rounded.new_empty((rows, clusters))
     labels = torch.empty((tokens,), dtype=torch.int64)
     for start in range(0, tokens, rows):
-        part = fresh(x[start : start + rows], rounded.dtype)
+        part = copied(x[start : start + rows], rounded.dtype)
         block = scores[: part.shape[0]]
         torch.addmm(norms, part, transposed, alpha=-2, out=block)
         torch.argmin(block, dim=-1, out=labels[start : start + rows])

@@ -11,19 +11,10 @@ from torch import Tensor
 
 from sparse_compile.kernels.kmeans.stratified import one_of_each_stratum
 from sparse_compile.kernels.permutation.reference import sort_labels
+from sparse_compile.kernels.precision import compute_dtype, copied
 
 SCORES_AT_ONCE = 2**24
 STOPS_AT_FIXED_POINT = False
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of products, scores and means of an input of ``dtype``."""
-    return torch.float64 if dtype is torch.float64 else torch.float32
-
-
-def fresh(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Copy to a new contiguous tensor, so that no result depends on the strides or the alignment of ``x``."""
-    return x.to(dtype, copy=True, memory_format=torch.contiguous_format)
 
 
 def countable(x: Tensor) -> Tensor:
@@ -44,7 +35,7 @@ def scoring_operands(centroids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Ten
     whose norm overflows is never the nearest one: its norm is inf and its products are 0 rather than NaN.
     """
     compute = compute_dtype(dtype)
-    rounded = fresh(centroids, dtype).to(compute)
+    rounded = copied(centroids, dtype).to(compute)
     norms = rounded.square().sum(-1)
     reachable = torch.isfinite(norms)
     infinity = norms.new_full((), float("inf"))
@@ -60,7 +51,7 @@ def assign(x: Tensor, centroids: Tensor, included: Tensor) -> Tensor:
     rounded, norms = scoring_operands(centroids, x.dtype)
     rows = max(1, SCORES_AT_ONCE // max(1, centroids.shape[0]))
     labels = [
-        torch.addmm(norms, fresh(part, rounded.dtype), rounded.t(), alpha=-2).argmin(-1)
+        torch.addmm(norms, copied(part, rounded.dtype), rounded.t(), alpha=-2).argmin(-1)
         for part in torch.split(x, rows)
     ]
     return torch.where(included, torch.cat(labels), 0).to(torch.int32)
@@ -79,7 +70,7 @@ def update(x: Tensor, labels: Tensor, included: Tensor, centroids: Tensor) -> Te
     binned = torch.where(included, labels, clusters).to(torch.int32)
     order, offsets = sort_labels(binned.view(1, 1, -1), clusters + 1)
     sums = torch.nn.functional.embedding_bag(
-        order.view(-1), fresh(x, torch.float64), offsets.view(-1), mode="sum", include_last_offset=True
+        order.view(-1), copied(x, torch.float64), offsets.view(-1), mode="sum", include_last_offset=True
     )
     return means_of_sums(sums[:clusters], offsets.view(-1).diff()[:clusters], centroids)
 
