@@ -194,14 +194,13 @@ class Config:
     def __post_init__(self) -> None:
         for name, option in declared_options().items():
             object.__setattr__(self, name, _parsed(name, option, getattr(self, name)))
-        if self.method in BUILT_IN_METHODS:
-            self._check_methods()
+        self._check_methods()
 
     def _check_methods(self) -> None:
         """An option of the other method would have no effect, so it is an error."""
         for name, value in self.changed().items():
-            owner = declared_options()[name].method
-            if owner not in (None, self.method):
+            if not belongs(name, self.method):
+                owner = declared_options()[name].method
                 raise SparseAttentionError(
                     f"option {name!r} belongs to method {owner!r}, and method is {self.method!r}",
                     value,
@@ -219,11 +218,10 @@ class Config:
         Raises:
             SparseAttentionError: an option is unknown, out of range, or belongs to a later version.
         """
-        chosen: dict[str, Any] = _from_environment(environ)
-        for name, value in (options or {}).items():
+        given = dict(options or {})
+        for name in given:
             _check_known(name)
-            chosen[name] = value
-        return cls(**chosen)
+        return cls(**{**_from_environment(environ, given), **given})
 
     def changed(self) -> dict[str, object]:
         """The options that differ from their defaults."""
@@ -259,6 +257,12 @@ def _check_known(name: str) -> None:
     raise SparseAttentionError("options must name known settings", name, remedy)
 
 
+def belongs(name: str, method: str) -> bool:
+    """Whether a method reads an option; one that is not built in may read all. Unknown options belong to every one."""
+    option = declared_options().get(name)
+    return option is None or option.method in (None, method) or method not in BUILT_IN_METHODS
+
+
 def set_in_environment(environ: Mapping[str, str] | None = None) -> dict[str, str]:
     """The options that variables set, also those they set to their defaults, as text.
 
@@ -278,14 +282,26 @@ def _our_variables(environ: Mapping[str, str] | None) -> dict[str, str]:
     }
 
 
-def _from_environment(environ: Mapping[str, str] | None) -> dict[str, Any]:
+def _from_environment(environ: Mapping[str, str] | None, given: Mapping[str, object]) -> dict[str, Any]:
+    """What variables set. One for a built-in method that is not at work is left to the models that use that method."""
     chosen: dict[str, Any] = dict(set_in_environment(environ))
     for name in _our_variables(environ).keys() - chosen:
         if name in LATER_OPTIONS:
             _check_known(name)
         else:
             _warn_unknown(ENV_PREFIX + name.upper())
+    method = given.get("method", chosen.get("method", Config.method))
+    foreign = [name for name in chosen if not belongs(name, str(method))]
+    for name in foreign:
+        del chosen[name]
+        _warn_foreign(ENV_PREFIX + name.upper(), str(declared_options()[name].method), str(method))
     return chosen
+
+
+@functools.cache
+def _warn_foreign(variable: str, owner: str, method: str) -> None:
+    """Once in a process, as `_warn_unknown`."""
+    log.warning("environment variable %s is for method %s and has no effect on method %s", variable, owner, method)
 
 
 @functools.cache

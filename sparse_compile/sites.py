@@ -28,7 +28,7 @@ class Reason(Enum):
     AUDIO_ONLY = ("audio_only", True, "attention among audio tokens", "")
     IMAGE_ONLY = ("image_only", True, "attention among image-embedding tokens", "")
     FACTORISED = ("factorised_attention", True, "frames or space lie in the batch: already factorised", "")
-    TOO_SHORT = ("too_short", True, "fewer video tokens than min_tokens", "Lower min_tokens to force it.")
+    TOO_SHORT = ("too_short", True, "too few video tokens to gain anything", "A lower min_tokens forces it.")
     ONE_BLOCK = ("one_block", True, "one block holds all video tokens: nothing to skip", "Lower block_size.")
     DENSE_LAYER = ("dense_layer", True, "one of the layers that dense_layers keeps dense", "")
     DENSE_METHOD = ("dense_method", True, "method='dense' was asked for", "")

@@ -102,6 +102,18 @@ def test_an_unknown_variable_is_one_warning_with_the_nearest_name(caplog: pytest
     ]
 
 
+def test_a_variable_of_the_other_method_is_one_warning_and_no_error(caplog: pytest.LogCaptureFixture) -> None:
+    environ = {"SPARSE_ATTN_TOP_P": "0.5", "SPARSE_ATTN_DENSE_STEPS": "3"}
+    with caplog.at_level(logging.WARNING):
+        for _ in range(3):
+            config = Config.from_options({"method": "adaspa"}, environ)
+    assert (config.top_p, config.dense_steps) == (Config().top_p, 3)
+    assert [record.getMessage() for record in caplog.records] == [
+        "environment variable SPARSE_ATTN_TOP_P is for method svg2 and has no effect on method adaspa"
+    ]
+    assert Config.from_options({}, environ).top_p == 0.5
+
+
 def test_the_variable_of_another_project_is_never_ours(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         assert Config.from_options({}, environ={"SPARSE_ATTN_BACKEND": "flash"}) == Config()

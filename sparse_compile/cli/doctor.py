@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from sparse_compile.config import ENV_PREFIX, FOREIGN_VARIABLES, LATER_OPTIONS, Config, declared_options
+from sparse_compile.config import ENV_PREFIX, FOREIGN_VARIABLES, LATER_OPTIONS, Config, belongs, declared_options
 from sparse_compile.errors import SparseAttentionError
 
 BACKEND = "sparse_attn"
@@ -114,10 +114,11 @@ def check_environment(environ: Mapping[str, str]) -> list[Finding]:
         option = declared_options().get(name.removeprefix(ENV_PREFIX).lower())
         # The method may be chosen in the code, so a variable alone is read as its own method reads it.
         method = {} if option is None or option.method is None else {"method": option.method}
-        findings.append(Finding(name, ours[name], _refusal(method, {name: ours[name]})))
-    if ENV_PREFIX + "METHOD" in ours and not any(finding.problem for finding in findings):
-        together = _refusal({}, ours)
-        findings += [Finding("together", "these variables", together)] if together else []
+        problem = _refusal(method, {name: ours[name]})
+        chosen = ours.get(ENV_PREFIX + "METHOD")
+        if not problem and chosen is not None and not belongs(name.removeprefix(ENV_PREFIX).lower(), chosen):
+            problem = f"Only method {method['method']} reads it, and SPARSE_ATTN_METHOD is {chosen}."
+        findings.append(Finding(name, ours[name], problem))
     return findings or [Finding("environment", f"no {ENV_PREFIX}* variable is set")]
 
 

@@ -10,7 +10,7 @@ import torch
 from diffusers import WanPipeline
 from torch import Tensor
 
-from sparse_compile.config import BUILT_IN_METHODS, Config, declared_options, set_in_environment
+from sparse_compile.config import BUILT_IN_METHODS, Config, belongs, declared_options, set_in_environment
 from sparse_compile.evaluation import metrics
 from sparse_compile.evaluation.demo_model import Scene, VideoSize, generate
 
@@ -67,8 +67,8 @@ def demo_runs(given: Mapping[str, object], environ: Mapping[str, str] | None = N
     runs = {}
     for method in BUILT_IN_METHODS:
         # The backend reads the environment too: what it holds for the other method is set back to its default.
-        others = {name: getattr(Config, name) for name in variables if not _belongs(name, method)}
-        own = {name: value for name, value in given.items() if _belongs(name, method)}
+        others = {name: getattr(Config, name) for name in variables if not belongs(name, method)}
+        own = {name: value for name, value in given.items() if belongs(name, method)}
         runs[method] = demo_options({"method": method, **others, **own}, environ)
     return runs
 
@@ -104,7 +104,7 @@ def resolved_options(options: Mapping[str, object], environ: Mapping[str, str] |
     config = Config.from_options(options, environ)
     chosen = {"method", "correction", *options, *set_in_environment(environ)}
     resolved = {
-        name: getattr(config, name) for name in declared_options() if name in chosen and _belongs(name, config.method)
+        name: getattr(config, name) for name in declared_options() if name in chosen and belongs(name, config.method)
     }
     if config.method in BUILT_IN_METHODS and config.correction == "auto":
         resolved["correction"] = "coupled"
@@ -113,13 +113,6 @@ def resolved_options(options: Mapping[str, object], environ: Mapping[str, str] |
 
 def _suited_to(method: str) -> Mapping[str, object]:
     return DEMO_OPTIONS.get(method, PLUG_IN_OPTIONS)
-
-
-def _belongs(name: str, method: str) -> bool:
-    """Whether a run of this method takes the option. One that is not built in takes all; unknown ones are refused."""
-    option = declared_options().get(name)
-    owner = None if option is None else option.method
-    return owner in (None, method) or method not in BUILT_IN_METHODS
 
 
 def compile_transformer(

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import inspect
 import logging
 import sys
 import weakref
 from collections.abc import Callable, Iterator
+from types import GeneratorType
 from typing import Any
 
 from diffusers import DiffusionPipeline
@@ -113,12 +115,31 @@ def find_on_stack() -> bool:
 def _attach_found(pipe: DiffusionPipeline) -> bool:
     """Attach a pipeline that nobody asked to attach: what stands in the way is a log line, not an error."""
     try:
-        attach_pipeline(pipe)
+        clock = attach_pipeline(pipe)
     except SparseAttentionError as error:
         log.warning("%s is not attached: %s", type(pipe).__name__, error)
         return False
+    name = _open_branch(list(denoisers(pipe).values()))
+    if name is not None:
+        clock.join(name)
     log.info("attached %s, found on the call stack", type(pipe).__name__)
     return True
+
+
+def _open_branch(models: list[nn.Module]) -> str | None:
+    """The name that an open `cache_context` of one of the models was given, before there was a clock to hear of it.
+
+    diffusers passes it on to hooks and keeps it nowhere; what still holds it is the generator of the context itself.
+    """
+    # `type`, since isinstance asks a weak proxy for its class, and raises where its object is gone.
+    for generator in (item for item in gc.get_objects() if type(item) is GeneratorType):
+        frame = generator.gi_frame
+        if frame is None or generator.gi_code.co_name != "cache_context":
+            continue
+        if any(frame.f_locals.get("self") is model for model in models):
+            name = frame.f_locals.get("name")
+            return name if isinstance(name, str) else None
+    return None
 
 
 class PipelineDriver:

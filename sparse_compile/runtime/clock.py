@@ -219,6 +219,8 @@ class Clock:
             StrictModeError: the last step has ended and nothing became sparse, under strict.
         """
         self.moment = Moment(self.moment.step + 1 if to is None else to, self.moment.steps)
+        if self._branch_thread is None:
+            self.branch_name = None
         for claim in self._claims:
             claim.step()
         if self.moment.step == self.moment.steps and not any(claim.sparse_calls for claim in self._claims):
@@ -242,6 +244,14 @@ class Clock:
         finally:
             self._branch_thread, self.branch_name = outer
             self._refresh()
+
+    def join(self, name: str) -> None:
+        """The call under way belongs to this branch: the clock came to know of it in the middle.
+
+        It holds until the next step, since nobody tells when that call ends; other branches are entered as ever.
+        """
+        self.branch_name = name
+        self._refresh()
 
     def _refresh(self) -> None:
         for claim in self._claims:

@@ -125,7 +125,7 @@ def uniformity_warning(heads: Iterable[HeadReport]) -> str | None:
     return (
         f"attention is nearly uniform in {', '.join(names[:MOST_NAMES])}{more}: a density of {density:.2f} keeps only"
         f" {mass:.2f} of the mass; what is skipped matters as much as what is kept; keep these layers dense"
-        " (dense_layers) or raise the density"
+        " (dense_layers), or compute more of them"
     )
 
 

@@ -153,7 +153,7 @@ class Region:
         # A sparse call without a search before it attended to everything; the next call searches.
         lost = not (searched or gathered.searched) and self._needs_search
         claim.planners.add(self._planner)
-        if self._phase is not Phase.DENSE:
+        if self._logged or self._phase not in (Phase.DENSE, Phase.SEARCH):  # a search that logs nothing was dense
             claim.sparse_calls += 1
         if gathered.states:
             gathered.states[0].called = (clock.generation, step)

@@ -53,8 +53,7 @@ def test_a_pipeline_is_found_on_the_call_stack(way: str, caplog: pytest.LogCaptu
         found = run(pipe)
     assert [r.getMessage() for r in caplog.records].count("attached WanPipeline, found on the call stack") == 1
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
-    seen = steps_of(pipe)
-    assert [(step, phase) for step, _, phase in seen] == [(step, phase) for step, _, phase in expected(*FOUR)]
+    assert steps_of(pipe) == expected(*FOUR)
     attached = wan_pipeline()
     sparse_compile.attach(attached)
     WAYS[way](attached.transformer)
@@ -68,7 +67,23 @@ def test_a_pipeline_is_found_when_its_model_was_compiled_before_by_itself() -> N
     compile_whole(pipe.transformer)
     pipe.transformer(**wan_t2v()[1])
     run(pipe)
-    assert [(step, phase) for step, _, phase in steps_of(pipe)] == [(s, p) for s, _, p in expected(*FOUR)]
+    assert steps_of(pipe) == expected(*FOUR)
+
+
+@by_way
+@pytest.mark.parametrize("method", [{}, {"method": "adaspa", "block_size": 8}], ids=["svg2", "adaspa"])
+def test_a_search_in_the_call_that_finds_the_pipeline_is_that_of_its_branch(way: str, method: dict[str, Any]) -> None:
+    """Few-step runs search in their first step; the next step of the branch goes on from there."""
+    options = {"lowering": "eager", "min_tokens": 1, "dense_layers": 0, "dense_steps": 0, **method}
+    pipe = wan_pipeline()
+    how = {"backend": "sparse_attn", "options": options}
+    if way == "whole":
+        pipe.transformer.compile(**how)
+    else:
+        pipe.transformer.compile_repeated_blocks(fullgraph=True, **how)
+    first = run(pipe)
+    assert steps_of(pipe) == expected("search", "sparse", "sparse", "sparse")
+    assert torch.equal(run(pipe), first)
 
 
 def test_a_compiled_wrapper_in_the_pipeline_is_attached_too() -> None:

@@ -203,7 +203,7 @@ def test_one_warning_names_each_such_layer_once() -> None:
     warning = uniformity_warning([*found, *found])
     assert warning == (
         "attention is nearly uniform in blocks.0, blocks.3: a density of 0.25 keeps only 0.27 of the mass; what is"
-        " skipped matters as much as what is kept; keep these layers dense (dense_layers) or raise the density"
+        " skipped matters as much as what is kept; keep these layers dense (dense_layers), or compute more of them"
     )
 
 
