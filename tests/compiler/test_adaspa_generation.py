@@ -233,6 +233,16 @@ def test_a_new_run_that_is_too_short_for_the_search_steps_is_refused_when_it_sta
             clock.start(8)
 
 
+def test_strict_does_not_take_a_search_for_a_sparse_call() -> None:
+    """The output of a search is dense: a run that ends with it has gained nothing."""
+    model, call = stack(strict=True, dense_steps=1)
+    with sparse_compile.denoising(model, steps=3) as clock:
+        clock.step(to=2)
+        call(tokens())
+        with pytest.raises(sparse_compile.SparseAttentionError, match="must become sparse"):
+            clock.step()
+
+
 def test_symbolic_sizes_share_their_graphs() -> None:
     model = Stack(1)
     call = torch.compile(model, backend="sparse_attn", options={**OPTIONS, "dense_steps": 1}, dynamic=True)

@@ -82,8 +82,8 @@ with torch.no_grad():
         ({"method": "nothing"}, "must name an installed strategy"),
         ({"method": "no_such_module:Method"}, "must be importable"),
         ({"method": "builtins:dict"}, "must give a Strategy"),
-        ({"method": "adaspa"}, "comes in a later version"),
-        ({"sparsity": 0.5}, "belongs to the method adaspa"),
+        ({"preset": "fast"}, "comes in a later version"),
+        ({"sparsity": 0.5}, "belongs to method .adaspa."),
     ],
 )
 def test_bad_options_are_refused_at_the_first_call(options: dict[str, Any], message: str) -> None:

@@ -21,5 +21,5 @@ def test_equal_options_give_the_same_tag_and_any_change_another() -> None:
 def test_a_changed_source_gives_another_tag(monkeypatch: pytest.MonkeyPatch) -> None:
     before = lowering.source_hash.__wrapped__()
     read = Path.read_bytes
-    monkeypatch.setattr(Path, "read_bytes", lambda path: read(path) + (b"#" if path.name == "ops.py" else b""))
+    monkeypatch.setattr(Path, "read_bytes", lambda path: read(path) + (b"#" if path.name == "blocks.py" else b""))
     assert lowering.source_hash.__wrapped__() != before
