@@ -91,3 +91,31 @@ def phases(model: nn.Module) -> list[list[str]]:
 def options_with(**options: Any) -> dict[str, Any]:
     """QUICK with changes."""
     return {**QUICK, **options}
+
+
+def generate_wan(
+    call: Callable[..., Any], kwargs: dict[str, Any], clock: Clock, branches: Sequence[str] = BRANCHES
+) -> dict[str, Tensor]:
+    """Run a tiny Wan; the last output of each branch. The latents do not depend on which branches run.
+
+    Args:
+        call: the model, compiled.
+        kwargs: its arguments, from `tiny_models`.
+        clock: tells the number of steps.
+        branches: which of them run.
+    """
+    text = {
+        "cond": kwargs["encoder_hidden_states"],
+        "uncond": torch.zeros_like(kwargs["encoder_hidden_states"]),
+    }
+    noise = torch.Generator().manual_seed(7)
+    x = kwargs["hidden_states"]
+    outputs: dict[str, Tensor] = {}
+    for _ in range(clock.steps):
+        for branch in branches:
+            with clock.branch(branch):
+                inputs = {**kwargs, "hidden_states": x, "encoder_hidden_states": text[branch]}
+                outputs[branch] = call(**inputs, return_dict=False)[0]
+        x = x + 0.05 * torch.randn(x.shape, generator=noise)
+        clock.step()
+    return outputs

@@ -7,13 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from generations import BRANCHES, assert_same, generate, layers_of, phases, state_tensors
+from generations import BRANCHES, assert_same, generate, generate_wan, layers_of, phases, state_tensors
 from tiny_models import wan_t2v
 from torch import Tensor, nn
 from toy_models import Stack, tokens
 
 import sparse_compile
-from sparse_compile.runtime.clock import Clock
 
 OPTIONS = {"method": "adaspa", "lowering": "eager", "min_tokens": 1, "dense_layers": 0, "block_size": 16}
 WHOLE_RUN = ["dense"] * 9 + ["search"] + ["sparse"] * 19 + ["refine"] + ["sparse"] * 20
@@ -39,23 +38,9 @@ def stack(regional: bool = False, layers: int = 2, **options: Any) -> tuple[Stac
     return model, torch.compile(model, **how)
 
 
-def wan_generation(call: Callable[..., Any], kwargs: dict[str, Any], clock: Clock) -> dict[str, Tensor]:
-    """Run all steps; the last output of each branch."""
-    noise, x, last = torch.Generator().manual_seed(7), kwargs["hidden_states"], {}
-    text = kwargs["encoder_hidden_states"]
-    for _ in range(clock.steps):
-        for branch, words in (("cond", text), ("uncond", torch.zeros_like(text))):
-            with clock.branch(branch):
-                last[branch] = call(**{**kwargs, "hidden_states": x, "encoder_hidden_states": words})[0]
-        x = x + 0.05 * torch.randn(x.shape, generator=noise)
-        clock.step()
-    return last
-
-
 @pytest.mark.parametrize("regional", [False, True], ids=["whole", "regional"])
 def test_fifty_steps_of_two_branches_compile_once_for_each_of_four_phases(regional: bool) -> None:
     model, kwargs = wan_t2v()
-    kwargs["return_dict"] = False
     how: dict[str, Any] = {"backend": "sparse_attn", "options": {**OPTIONS, "block_size": 8}, "fullgraph": True}
     call: Callable[..., Any] = model
     if regional:
@@ -63,11 +48,11 @@ def test_fifty_steps_of_two_branches_compile_once_for_each_of_four_phases(region
     else:
         call = torch.compile(model, **how)
     with sparse_compile.denoising(model, steps=50) as clock:
-        first = wan_generation(call, kwargs, clock)
+        first = generate_wan(call, kwargs, clock)
         assert sparse_compile.explain(model).compilations == 4
         clock.start(50)
         with torch.compiler.set_stance("fail_on_recompile"):
-            second = wan_generation(call, kwargs, clock)
+            second = generate_wan(call, kwargs, clock)
     for branch in BRANCHES:
         assert torch.equal(first[branch], second[branch])
     report = sparse_compile.explain(model)

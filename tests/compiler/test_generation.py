@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from generations import BRANCHES, generate_wan
 from tiny_models import BUILDERS, wan_t2v
 from torch import Tensor, nn
 from toy_models import EAGER, Stack, tokens
@@ -14,10 +15,8 @@ from toy_models import EAGER, Stack, tokens
 import sparse_compile
 from sparse_compile.compiler.pipeline import find_sites
 from sparse_compile.compiler.torch_internals import graph_inputs
-from sparse_compile.runtime.clock import Clock
 from sparse_compile.testing import planner_of
 
-BRANCHES = ("cond", "uncond")
 OPTIONS = {**EAGER, "min_tokens": 64}
 
 
@@ -41,38 +40,17 @@ def compiled_wan(regional: bool, **options: Any) -> tuple[nn.Module, Callable[..
     return model, torch.compile(model, **how), kwargs
 
 
-def generate(
-    call: Callable[..., Any], kwargs: dict[str, Any], clock: Clock, branches: tuple[str, ...] = BRANCHES
-) -> dict[str, Tensor]:
-    """Run all steps; the last output of each branch. The latents do not depend on which branches run."""
-    text = {
-        "cond": kwargs["encoder_hidden_states"],
-        "uncond": torch.zeros_like(kwargs["encoder_hidden_states"]),
-    }
-    noise = torch.Generator().manual_seed(7)
-    x = kwargs["hidden_states"]
-    outputs: dict[str, Tensor] = {}
-    for _ in range(clock.steps):
-        for branch in branches:
-            with clock.branch(branch):
-                inputs = {**kwargs, "hidden_states": x, "encoder_hidden_states": text[branch]}
-                outputs[branch] = call(**inputs, return_dict=False)[0]
-        x = x + 0.05 * torch.randn(x.shape, generator=noise)
-        clock.step()
-    return outputs
-
-
 @pytest.mark.parametrize("regional", [False, True], ids=["whole", "regional"])
 @pytest.mark.parametrize("recursive_tags", [False, True], ids=["plain_tags", "recursive_tags"])
 def test_fifty_steps_of_two_branches_compile_once_per_phase(regional: bool, recursive_tags: bool) -> None:
     with torch._dynamo.config.patch(use_recursive_dict_tags_for_guards=recursive_tags):
         model, call, kwargs = compiled_wan(regional)
         with sparse_compile.denoising(model, steps=50) as clock:
-            first = generate(call, kwargs, clock)
+            first = generate_wan(call, kwargs, clock)
             assert sparse_compile.explain(model).compilations == 3
             clock.start(50)
             with torch.compiler.set_stance("fail_on_recompile"):
-                second = generate(call, kwargs, clock)
+                second = generate_wan(call, kwargs, clock)
     for branch in BRANCHES:
         assert torch.equal(first[branch], second[branch])
     report = sparse_compile.explain(model)
@@ -88,7 +66,7 @@ def test_a_branch_alone_equals_the_same_branch_beside_another(regional: bool) ->
         torch.compiler.reset()
         model, call, kwargs = compiled_wan(regional, top_p=0.5)
         with sparse_compile.denoising(model, steps=6) as clock:
-            outputs.append(generate(call, kwargs, clock, branches)["cond"])
+            outputs.append(generate_wan(call, kwargs, clock, branches)["cond"])
     assert torch.equal(*outputs)
 
 
@@ -185,10 +163,10 @@ def test_inductor_gives_what_the_rewritten_graph_gives_as_it_is(regional: bool) 
         torch.compiler.reset()
         model, call, kwargs = compiled_wan(regional, lowering=lowering, dense_steps=1, top_p=1.0)
         with sparse_compile.denoising(model, steps=4) as clock:
-            outputs.append(generate(call, kwargs, clock)["cond"])
+            outputs.append(generate_wan(call, kwargs, clock)["cond"])
             clock.start(4)
             with torch.compiler.set_stance("fail_on_recompile"):
-                assert torch.equal(generate(call, kwargs, clock)["cond"], outputs[-1])
+                assert torch.equal(generate_wan(call, kwargs, clock)["cond"], outputs[-1])
         assert sparse_compile.explain(model).compilations == 3
     torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-4)
 
