@@ -132,8 +132,8 @@ class Config:
         (0.2, 0.6),
         accept.search_steps,
         "rising shares in [0.0, 1.0] or counts >= 0, such as '0.2,0.6' or '10,30'",
-        "how many steps are done when a search ends; the first is the last dense step, whatever is named; a share"
-        " behind it counts from 20 steps on",
+        "how many steps are done when a search ends; the last dense step always searches, shares name further searches"
+        " from 20 steps on",
         "adaspa",
     )
     head_adaptive: str = _option(
