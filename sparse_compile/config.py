@@ -223,6 +223,11 @@ class Config:
             _check_known(name)
         return cls(**{**_from_environment(environ, given), **given})
 
+    @property
+    def correction_at_work(self) -> str:
+        """The correction with ``auto`` resolved."""
+        return "coupled" if self.correction == "auto" else self.correction
+
     def changed(self) -> dict[str, object]:
         """The options that differ from their defaults."""
         fields = dataclasses.fields(self)

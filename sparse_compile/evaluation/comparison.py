@@ -106,8 +106,8 @@ def resolved_options(options: Mapping[str, object], environ: Mapping[str, str] |
     resolved = {
         name: getattr(config, name) for name in declared_options() if name in chosen and belongs(name, config.method)
     }
-    if config.method in BUILT_IN_METHODS and config.correction == "auto":
-        resolved["correction"] = "coupled"
+    if config.method in BUILT_IN_METHODS:
+        resolved["correction"] = config.correction_at_work
     return resolved
 
 

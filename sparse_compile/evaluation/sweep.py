@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -21,13 +22,13 @@ from torch import Tensor
 
 from sparse_compile.api import explain
 from sparse_compile.evaluation import metrics
-from sparse_compile.evaluation.comparison import compile_transformer, measure
+from sparse_compile.evaluation.comparison import DEMO_OPTIONS, PLUG_IN_OPTIONS, compile_transformer, measure
 from sparse_compile.evaluation.demo_model import Scene, VideoSize, draw_scenes, generate, load_pipeline
 
 CORRECTIONS = ("none", "pooled", "coupled")
 METHODS: Mapping[str, Mapping[str, object]] = {
-    "svg2": {"density": 0.25, "q_clusters": 24, "k_clusters": 72, "kmeans_iters_init": 10},
-    "adaspa": {"sparsity": 0.75, "block_size": 16},
+    "svg2": {**DEMO_OPTIONS["svg2"], "kmeans_iters_init": 10},
+    "adaspa": DEMO_OPTIONS["adaspa"],
 }
 """Both methods at a quarter of the pairs, in sizes that suit a thousand tokens."""
 GUIDANCE = 2.0
@@ -117,7 +118,7 @@ def run_sweep(
     dense = videos_of(pipeline, on_step("dense, compiled"))
     sweep = Sweep(protocol, float(metrics.psnr(eager, dense).mean()), provenance())
     for chosen in grid:
-        options = {"min_tokens": 64, "dense_layers": 0, "dense_steps": protocol.dense_steps, **chosen}
+        options = {**PLUG_IN_OPTIONS, "dense_steps": protocol.dense_steps, **chosen}
         told = on_step(f"{chosen['method']}, {chosen['correction']}")
         pipeline = load_pipeline()
         compile_transformer(pipeline, "sparse_attn", options)
@@ -145,13 +146,13 @@ def _row(
     seconds: float,
 ) -> Row:
     def mean(name: str) -> float:
-        return sum(video[name] for video in measured) / len(measured)
+        return fmean(video[name] for video in measured)
 
     generations = report["generations"][-len(measured) :]
 
     def mean_of_generations(name: str) -> float | None:
         values = [generation[name] for generation in generations if generation[name] is not None]
-        return sum(values) / len(values) if values else None
+        return fmean(values) if values else None
 
     each = [video["psnr"] for video in measured]
     return Row(

@@ -129,10 +129,7 @@ def _block_mass_fake(
     q_offsets: Tensor,
     k_order: Tensor | None,
     k_offsets: Tensor,
-    scale: float,
-    row_stride: int,
-    fresh: bool,
-    kernel: str,
+    *_: object,
 ) -> tuple[Tensor, Tensor]:
     b, h = q.shape[:2]
     mass = lse.new_empty((b, h, q_offsets.shape[2] - 1, k_offsets.shape[2] - 1))
@@ -195,21 +192,7 @@ def _plan_top_k(
     return recall, counts
 
 
-def _plan_top_k_fake(
-    mass: Tensor,
-    q_offsets: Tensor,
-    q_is_video: Tensor,
-    k_offsets: Tensor,
-    k_is_video: Tensor,
-    keep: Tensor,
-    ready: Tensor,
-    sparsity: float,
-    head_adaptive: str,
-    rank_by: str,
-    padded_queries_attend: bool,
-    seed: int,
-    kernel: str,
-) -> tuple[Tensor, Tensor]:
+def _plan_top_k_fake(mass: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     heads = mass.shape[:2]
     return mass.new_empty(heads), mass.new_empty(heads, dtype=torch.int32)
 
@@ -246,16 +229,7 @@ def _kept_blocks(
     return top_k_reference.kept_blocks(keep, ready, q_offsets, q_is_video, k_offsets, k_is_video, padded_queries_attend)
 
 
-def _kept_blocks_fake(
-    keep: Tensor,
-    ready: Tensor,
-    q_offsets: Tensor,
-    q_is_video: Tensor,
-    k_offsets: Tensor,
-    k_is_video: Tensor,
-    padded_queries_attend: bool,
-    kernel: str,
-) -> Tensor:
+def _kept_blocks_fake(keep: Tensor, *_: object) -> Tensor:
     return keep.new_empty(keep.shape)
 
 

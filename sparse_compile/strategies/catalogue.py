@@ -7,7 +7,7 @@ value a class that satisfies `Strategy`. A class that is in no package yet goes 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.metadata import entry_points
 
 from sparse_compile.errors import SparseAttentionError
@@ -16,6 +16,7 @@ from sparse_compile.strategies.base import Strategy
 from sparse_compile.strategies.svg2 import Svg2
 
 GROUP = "sparse_compile.strategies"
+BUILT_IN: Mapping[str, Callable[[], Strategy]] = {Svg2.name: Svg2, AdaSpa.name: AdaSpa, "dense": Svg2}
 
 
 def load_strategy(method: str) -> Strategy:
@@ -24,10 +25,8 @@ def load_strategy(method: str) -> Strategy:
     Raises:
         SparseAttentionError: no installed package has a strategy of this name, or it is none.
     """
-    if method in (Svg2.name, "dense"):
-        return Svg2()
-    if method == AdaSpa.name:
-        return AdaSpa()
+    if method in BUILT_IN:
+        return BUILT_IN[method]()
     strategy = _load_class(method)()
     if not isinstance(strategy, Strategy):
         raise SparseAttentionError(
@@ -53,7 +52,7 @@ def _load_class(method: str) -> Callable[[], object]:
         return found
     entries = entry_points(group=GROUP, name=method)
     if not entries:
-        names = sorted({Svg2.name, AdaSpa.name, "dense", *entry_points(group=GROUP).names})
+        names = sorted({*BUILT_IN, *entry_points(group=GROUP).names})
         raise SparseAttentionError(
             "option 'method' must name an installed strategy",
             method,

@@ -91,9 +91,10 @@ def write_kept_mass(
 
 def _write_pooled_keys(build: GraphBuilder, plan: PlanNodes) -> tuple[Node | None, ...]:
     """The nodes of `sparse_compile.plan.PooledKeys`, or four times None."""
-    if build.config.correction == "none":
+    correction = build.config.correction_at_work
+    if correction == "none":
         return (None, None, None, None)
-    coupled = build.config.correction in ("auto", "coupled")
+    coupled = correction == "coupled"
     spans = build.video_spans("key")
     pooled = build.call("pooled_keys", build.key, build.value, plan.k_order, plan.k_offsets, spans, coupled)
     mean_k, mean_v, log_size, coupling = (build.item(pooled, index) for index in range(4))

@@ -11,6 +11,7 @@ import math
 import torch
 from torch import Tensor
 
+from sparse_compile.kernels.block_map.completion import complete_rows
 from sparse_compile.kernels.kmeans.counter_hash import hash_counters
 from sparse_compile.plan import pack_bits
 
@@ -45,16 +46,17 @@ def plan_top_p(
     for batch in range(batches):
         for head in range(heads):
             key_head = head // shared
-            q_sizes = q_offsets[batch, head].diff()
-            k_sizes = k_offsets[batch, key_head].diff()
-            video_sizes = k_sizes[:-2]
+            video_sizes = k_offsets[batch, key_head].diff()[:-2]
             similarity = scores(q_means[batch, head], k_means[batch, key_head], scale)
             mass = log_mass(similarity, video_sizes)
             rank = ranking(rank_by, similarity, mass, seed, head)
-            kept = select(mass, rank, video_sizes, top_p, minimum, density)
-            rows.append(add_special_groups(kept | attend_all, q_sizes, k_sizes, padded_queries_attend))
-    keep = pack_bits(torch.stack(rows))
-    return keep.view(batches, heads, *keep.shape[1:])
+            rows.append(select(mass, rank, video_sizes, top_p, minimum, density))
+    kept = torch.stack(rows).view(batches, heads, *rows[0].shape)
+    with_text = torch.nn.functional.pad(kept, (0, 1), value=True)  # everyone attends to text, and text to everything
+    keep = pack_bits(torch.nn.functional.pad(with_text, (0, 1, 0, 2)))
+    row = torch.arange(keep.shape[2], device=keep.device)
+    whole = (attend_all | (row >= keep.shape[2] - 2)).expand(keep.shape[:3])
+    return complete_rows(keep, whole, q_offsets, k_offsets, padded_queries_attend)
 
 
 def smallest_count(min_kept: float, clusters: int) -> int:
@@ -116,22 +118,3 @@ def select(mass: Tensor, rank: Tensor, sizes: Tensor, top_p: float, minimum: int
 def _exclusive_sum(x: Tensor) -> Tensor:
     """Sum of everything before each place of the last dimension; exactly 0 at the first."""
     return torch.nn.functional.pad(x, (1, 0))[..., :-1].cumsum(-1)
-
-
-def add_special_groups(kept: Tensor, q_sizes: Tensor, k_sizes: Tensor, padded_queries_attend: bool) -> Tensor:
-    """Add the rows and columns of text and padding to the map of the video clusters (section 4).
-
-    Everyone attends to text and nobody to padding; text attends to everything valid, and so does padding if
-    asked. Bits of groups without tokens are cleared: they stand for no pair.
-
-    Shapes: kept bool [Cq, Ck]; q_sizes int32 [Cq + 2]; k_sizes int32 [Ck + 2]. Returns: bool [Cq + 2, Ck +
-        2].
-    """
-    rows = kept.shape[0]
-    row = torch.arange(rows + 2, device=kept.device).unsqueeze(1)
-    column = torch.arange(kept.shape[1] + 2, device=kept.device)
-    whole = torch.nn.functional.pad(kept, (0, 2, 0, 2)) | (row >= rows) | (column >= kept.shape[1])
-    allowed = column <= kept.shape[1]
-    if not padded_queries_attend:
-        allowed = allowed & (row <= rows)
-    return whole & allowed & (q_sizes > 0).unsqueeze(1) & (k_sizes > 0)

@@ -11,6 +11,7 @@ import math
 import torch
 from torch import Tensor
 
+from sparse_compile.kernels.block_map.completion import complete_rows, occupied
 from sparse_compile.kernels.block_map.reference import ranking
 from sparse_compile.plan import pack_bits
 
@@ -45,8 +46,8 @@ def plan_top_k(
     maps, recalls, counts = [], [], []
     for batch, item in enumerate(mass.unbind(0)):
         row_sizes, sizes = q_offsets[batch, 0].diff(), k_offsets[batch, 0].diff()
-        rows = (q_is_video & _occupied(row_sizes)).unsqueeze(1)
-        candidates = k_is_video & _occupied(sizes)
+        rows = (q_is_video & occupied(row_sizes)).unsqueeze(1)
+        candidates = k_is_video & occupied(sizes)
         blocks = candidates.sum()
         count = even_count(blocks, sparsity)
         budgets = three_budgets(count, blocks)
@@ -55,7 +56,7 @@ def plan_top_k(
             exact = torch.where(raw.isfinite(), raw, 0).double()
             place = places(exact, candidates, sizes, rank_by, seed, head)
             kept = [candidates & (place < budget) | ~k_is_video for budget in budgets]
-            share = shares(torch.where(rows & _occupied(sizes), exact, 0), row_sizes)
+            share = shares(torch.where(rows & occupied(sizes), exact, 0), row_sizes)
             own_maps.append(torch.stack([pack_bits(level) for level in kept]))
             own_recalls.append(torch.stack([recall(share, level) for level in kept]))
         by_level = torch.stack(own_recalls)  # [H, 3]
@@ -147,34 +148,6 @@ def shares(valid: Tensor, sizes: Tensor) -> Tensor:
 def recall(share: Tensor, kept: Tensor) -> Tensor:
     """Sum of the shares [Gq, Gk] that are kept, float64 []; 1 where there is no mass at all."""
     return torch.where((share > 0).any(), torch.where(kept, share, 0).sum().clamp(max=1), 1.0)
-
-
-def complete_rows(
-    keep: Tensor, whole: Tensor, q_offsets: Tensor, k_offsets: Tensor, padded_queries_attend: bool
-) -> Tensor:
-    """Settle what does not depend on mass: rows that keep everything, the padding, and groups without tokens.
-
-    The padding column is never kept; the padding row keeps everything that is valid, or nothing. Bits of groups without
-    tokens are cleared: they stand for no pair.
-
-    Shapes: keep int32 [B, H, Gq, ceil(Gk / 32)]; whole bool [B, H, Gq], rows that keep every valid block; q_offsets
-        int32 [B, H, Gq + 1]; k_offsets int32 [B, Hkv, Gk + 1].
-    """
-    shared = q_offsets.shape[1] // k_offsets.shape[1]
-    words = pack_bits(_occupied(k_offsets.diff())).repeat_interleave(shared, dim=1).unsqueeze(2)
-    row_sizes = q_offsets.diff()
-    occupied = _occupied(row_sizes)
-    if padded_queries_attend:
-        occupied = row_sizes > 0
-        whole = whole | ~_occupied(row_sizes)
-    completed = torch.where(whole.unsqueeze(-1), words, keep & words)
-    return torch.where(occupied.unsqueeze(-1), completed, 0)
-
-
-def _occupied(sizes: Tensor) -> Tensor:
-    """Which groups hold tokens and are not padding, which is last: bool as ``sizes`` [..., G]."""
-    group = torch.arange(sizes.shape[-1], device=sizes.device)
-    return (sizes > 0) & (group < sizes.shape[-1] - 1)
 
 
 def _rank(x: Tensor) -> Tensor:

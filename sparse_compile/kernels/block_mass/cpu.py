@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sparse_compile.kernels.block_mass.reference import LARGEST_EXPONENT, LOG2_E, MOST_SPREAD
 from sparse_compile.kernels.precision import copied
+from sparse_compile.kernels.token_blocks.spans import present
 from sparse_compile.plan import Groups
 
 ROWS_AT_ONCE = 128
@@ -56,10 +57,12 @@ def attention_with_lse(
     shared = q.shape[1] // k.shape[1]
     width = max(q.shape[3], v.shape[3])
     for batch in range(q.shape[0]):
-        present = None if k_valid is None else k_valid.expand(q.shape[0], -1)[batch].nonzero().squeeze(1)
+        usable = None
+        if k_valid is not None:
+            usable = present(k_valid, batch, k.shape[2], k.device).nonzero().squeeze(1)
         for key_head in range(k.shape[1]):
             heads = slice(key_head * shared, (key_head + 1) * shared)
-            key, value = _gathered(k[batch, key_head], present, width), _gathered(v[batch, key_head], present, width)
+            key, value = _gathered(k[batch, key_head], usable, width), _gathered(v[batch, key_head], usable, width)
             if not key.shape[0]:
                 out[batch, heads] = 0
                 lse[batch, heads] = -math.inf
@@ -67,7 +70,7 @@ def attention_with_lse(
             result, lse[batch, heads] = _flash(_padded(copied(q[batch, heads]), width), key, value, scale)
             out[batch, heads] = result[..., : v.shape[3]]
         if q_valid is not None and not padded_queries_attend:
-            silent = ~q_valid.expand(q.shape[0], -1)[batch]
+            silent = ~present(q_valid, batch, q.shape[2], q.device)
             out[batch].masked_fill_(silent.unsqueeze(1), 0)
             lse[batch].masked_fill_(silent, -math.inf)
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sparse_compile.kernels.block_sparse_attention.cpu_tail import merge_tail, row_tail
 from sparse_compile.kernels.block_sparse_attention.reference import group_of_token, tail_of
+from sparse_compile.kernels.precision import compute_dtype
 from sparse_compile.plan import Plan, PooledKeys, unpack_bits
 
 BYTES_AT_ONCE = 2**24
@@ -51,7 +52,7 @@ def attention(
     shared = heads // k.shape[1]
     width = max(size, v.shape[3])
     # 16-bit inputs too: torch's kernel for them is no faster, and its log-sum-exp is only good to 3e-5.
-    compute = torch.float64 if q.dtype is torch.float64 else torch.float32
+    compute = compute_dtype(q.dtype)
     pairs = torch.zeros((k.shape[2] + 1, 2 * width), dtype=compute)
     # Fresh pages cost more than the copies into them, so that all heads and batches share the buffers.
     most = max(k.shape[2], BYTES_AT_ONCE // (2 * width * pairs.element_size()))
@@ -71,7 +72,7 @@ def attention(
                 if pooled is not None:
                     tail = row_tail(
                         tail_of(pooled, kept, k_offsets, batch, key_head, compute),
-                        group_of_token(plan.q_order, plan.q_offsets, batch, head, queries),
+                        group_of_token(plan.query_side, batch, head, queries),
                     )
                 log_sum = _attend_head(
                     own_q,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sparse_compile.kernels.precision import copied
-from sparse_compile.plan import Plan, PooledKeys, unpack_bits
+from sparse_compile.plan import Groups, Plan, PooledKeys, unpack_bits
 
 SCORES_AT_ONCE = 2**24
 
@@ -56,8 +56,8 @@ def attention(
     for batch in range(batches):
         for head in range(heads):
             key_head = head // shared
-            q_group = group_of_token(plan.q_order, plan.q_offsets, batch, head, queries)
-            k_group = group_of_token(plan.k_order, plan.k_offsets, batch, key_head, k.shape[2])
+            q_group = group_of_token(plan.query_side, batch, head, queries)
+            k_group = group_of_token(plan.key_side, batch, key_head, k.shape[2])
             key, value = copied(k[batch, key_head]), copied(v[batch, key_head])
             kept = unpack_bits(plan.keep[batch, head], plan.key_groups)
             by_key = kept.index_select(1, k_group)
@@ -83,26 +83,22 @@ def tail_of(pooled: PooledKeys, kept: Tensor, k_offsets: Tensor, batch: int, key
     Empty groups and padding, of queries or of keys, are left out by the plan and not by a size of 0 in ``pooled``: a
     row that keeps all there is must not see the pooled arrays, whatever they hold.
     """
-    mean_k, mean_v, log_size = (
-        x[batch, key_head].to(dtype, copy=True, memory_format=torch.contiguous_format)
-        for x in (pooled.mean_k, pooled.mean_v, pooled.log_size)
-    )
-    coupling = pooled.coupling
-    if coupling is not None:
-        coupling = coupling[batch, key_head].to(dtype, copy=True, memory_format=torch.contiguous_format)
+    fields = (pooled.mean_k, pooled.mean_v, pooled.log_size)
+    mean_k, mean_v, log_size = (copied(x[batch, key_head], dtype) for x in fields)
+    coupling = None if pooled.coupling is None else copied(pooled.coupling[batch, key_head], dtype)
     skipped = ~kept & (k_offsets.diff() > 0) & (log_size > -math.inf)
     skipped[-1] = False
     skipped[:, -1] = False
     return Tail(mean_k, mean_v, log_size, coupling, skipped)
 
 
-def group_of_token(order: Tensor | None, offsets: Tensor, batch: int, head: int, tokens: int) -> Tensor:
+def group_of_token(side: Groups, batch: int, head: int, tokens: int) -> Tensor:
     """The group that each token of one (batch item, head) belongs to: int64 [S]."""
-    position = torch.arange(tokens, device=offsets.device, dtype=offsets.dtype)
-    group = torch.searchsorted(offsets[batch, head, 1:].contiguous(), position, right=True)
-    if order is None:
+    position = torch.arange(tokens, device=side.offsets.device, dtype=side.offsets.dtype)
+    group = torch.searchsorted(side.offsets[batch, head, 1:].contiguous(), position, right=True)
+    if side.order is None:
         return group
-    return torch.empty_like(group).scatter_(0, order[batch, head].to(torch.int64), group)
+    return torch.empty_like(group).scatter_(0, side.order[batch, head].to(torch.int64), group)
 
 
 def attend(

@@ -54,8 +54,8 @@ def kept_mass(
         for head in range(heads):
             key_head = head // shared
             token, occupied = one_of_each_stratum(included, rows, seed, ROLE, head)
-            q_group = group_of_token(plan.q_order, plan.q_offsets, batch, head, queries).index_select(0, token)
-            k_group = group_of_token(plan.k_order, plan.k_offsets, batch, key_head, keys)
+            q_group = group_of_token(plan.query_side, batch, head, queries).index_select(0, token)
+            k_group = group_of_token(plan.key_side, batch, key_head, keys)
             key, own = copied(k[batch, key_head]), q[batch, head]
             bits = plan.keep[batch, head]
             parts = []

@@ -11,6 +11,7 @@ from torch import Tensor
 from sparse_compile.kernels.block_sparse_attention.reference import group_of_token
 from sparse_compile.kernels.pooled_keys.reference import deviations
 from sparse_compile.kernels.token_blocks.spans import inside
+from sparse_compile.plan import Groups
 
 TOKENS_AT_ONCE = 1024
 
@@ -35,7 +36,7 @@ def pooled_keys(
     visual = inside(k_video, tokens, k.device)
     for batch in range(batches):
         for head in range(heads):
-            group = group_of_token(k_order, k_offsets, batch, head, tokens)
+            group = group_of_token(Groups(k_order, k_offsets), batch, head, tokens)
             pieces = list(zip(*(x.split(TOKENS_AT_ONCE) for x in (k[batch, head], v[batch, head], group)), strict=True))
             sums_k = torch.zeros((groups, size), dtype=torch.float64)
             sums_v = torch.zeros((groups, value_size), dtype=torch.float64)

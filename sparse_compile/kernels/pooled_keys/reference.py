@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from sparse_compile.kernels.block_sparse_attention.reference import group_of_token
+from sparse_compile.kernels.precision import compute_dtype, copied
 from sparse_compile.kernels.token_blocks.spans import inside
+from sparse_compile.plan import Groups
 
 
 def pooled_keys(
@@ -47,7 +49,7 @@ def pooled_keys(
             mean_k[batch, head] = group_means(own_k, order, offsets, count)
             mean_v[batch, head] = group_means(own_v, order, offsets, count)
             if coupled:
-                group = group_of_token(k_order, k_offsets, batch, head, tokens)
+                group = group_of_token(Groups(k_order, k_offsets), batch, head, tokens)
                 counted = visual & (group < groups - 1)
                 deviation_k = deviations(own_k, mean_k[batch, head], group, counted)
                 deviation_v = deviations(own_v, mean_v[batch, head], group, counted)
@@ -62,9 +64,8 @@ def group_means(x: Tensor, order: Tensor | None, offsets: Tensor, counts: Tensor
     """
     if order is None:
         order = torch.arange(x.shape[0], dtype=offsets.dtype, device=x.device)
-    table = x.to(torch.float64, copy=True, memory_format=torch.contiguous_format)
     sums = torch.nn.functional.embedding_bag(
-        order.contiguous(), table, offsets.contiguous(), mode="sum", include_last_offset=True
+        order.contiguous(), copied(x, torch.float64), offsets.contiguous(), mode="sum", include_last_offset=True
     )
     counts = counts.unsqueeze(-1)
     return torch.where(counts > 0, sums / counts.clamp(min=1), 0)
@@ -75,5 +76,5 @@ def deviations(x: Tensor, means: Tensor, group: Tensor, counted: Tensor) -> Tens
 
     Differences before the product: the sum of products minus a product of sums would cancel.
     """
-    compute = torch.float64 if x.dtype is torch.float64 else torch.float32
+    compute = compute_dtype(x.dtype)
     return (x.to(compute) - means.to(compute).index_select(0, group)).masked_fill_(~counted.unsqueeze(-1), 0)
