@@ -46,7 +46,7 @@ def measure(phase: str, kernel: str, tokens: int, heads: int) -> float:
         blocks = ops.token_blocks(q, k, None, None, video, video, BLOCK, BLOCK, kernel)
         if fresh:
             ops.attention_with_lse(q, k, v, None, None, lse, True, scale, True, kernel)
-        mass, _ = ops.block_mass(q, k, lse, ready, None, blocks[1], None, blocks[4], scale, 1, fresh, kernel)
+        mass, _ = ops.block_mass(q, k, lse, ready, None, blocks[1], None, blocks[4], BLOCK, scale, 1, fresh, kernel)
         sides = (blocks[1], blocks[2], blocks[4], blocks[5])
         ops.plan_top_k(mass, *sides, keep, ready, 0.8, "paper", "mass", True, 0, kernel)
 

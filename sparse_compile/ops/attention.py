@@ -38,7 +38,12 @@ def _attention_with_lse(
         out [B, H, Sq, Dv] in q's dtype. A row without a key gives 0, and -inf in ``lse``.
     """
     out = _attention_output(q, v, token_major)
-    if implementation(kernel) == "cpu":
+    chosen = implementation(kernel)
+    if chosen == "triton":
+        from sparse_compile.kernels.block_sparse_attention import triton_launch
+
+        triton_launch.attention_with_lse(q, k, v, q_valid, k_valid, padded_queries_attend, scale, out, lse)
+    elif chosen == "cpu":
         from sparse_compile.kernels.block_mass import cpu
 
         cpu.attention_with_lse(q, k, v, q_valid, k_valid, padded_queries_attend, scale, out, lse)
@@ -89,7 +94,12 @@ def _pooled_keys(
         [B, Hkv, Gk] (-inf for an empty group and for padding), and coupling float32 [B, Hkv, D, Dv], which is
         [B, Hkv, 0, 0] unless ``coupled``.
     """
-    if implementation(kernel) == "cpu":
+    chosen = implementation(kernel)
+    if chosen == "triton":
+        from sparse_compile.kernels.pooled_keys import triton_launch
+
+        return triton_launch.pooled_keys(k, v, k_order, k_offsets, k_video, coupled)
+    if chosen == "cpu":
         from sparse_compile.kernels.pooled_keys import cpu
 
         return cpu.pooled_keys(k, v, k_order, k_offsets, k_video, coupled)
@@ -154,8 +164,11 @@ def _kept_mass(
     from sparse_compile.kernels.kept_mass import reference
     from sparse_compile.plan import Plan
 
-    implementation(kernel)
     plan = Plan(q_order, q_offsets, k_order, k_offsets, keep)
+    if implementation(kernel) == "triton":
+        from sparse_compile.kernels.kept_mass import triton_launch
+
+        return triton_launch.kept_mass(q, k, q_valid, q_video, plan, scale, rows, seed)
     return reference.kept_mass(q, k, q_valid, q_video, plan, scale, rows, seed)
 
 
@@ -242,15 +255,20 @@ def _block_sparse_attention(
     if mean_k is not None and mean_v is not None and log_size is not None:
         pooled = PooledKeys(mean_k, mean_v, log_size, coupling)
     out = _attention_output(q, v, token_major)
-    if implementation(kernel) == "cpu":
+    chosen = implementation(kernel)
+    if chosen == "triton":
+        from sparse_compile.kernels.block_sparse_attention import triton_launch
+
+        lse, density = triton_launch.attention(q, k, v, plan, pooled, scale, out)
+    elif chosen == "cpu":
         from sparse_compile.kernels.block_sparse_attention import cpu
 
-        lse = cpu.attention(q, k, v, plan, pooled, scale, out)
+        lse, density = cpu.attention(q, k, v, plan, pooled, scale, out), plan.density()
     else:
         from sparse_compile.kernels.block_sparse_attention import reference
 
-        lse = reference.attention(q, k, v, plan, pooled, scale, out)
-    append_row(log, plan.density(), kept_mass, lse.isnan() if non_finite is None else non_finite)
+        lse, density = reference.attention(q, k, v, plan, pooled, scale, out), plan.density()
+    append_row(log, density, kept_mass, lse.isnan() if non_finite is None else non_finite)
     return out, lse
 
 

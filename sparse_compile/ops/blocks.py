@@ -79,6 +79,7 @@ def _block_mass(
     q_offsets: Tensor,
     k_order: Tensor | None,
     k_offsets: Tensor,
+    largest_group: int,
     scale: float,
     row_stride: int,
     fresh: bool,
@@ -92,10 +93,11 @@ def _block_mass(
         lse: float32 [B, H, Sq], natural log. Unless ``fresh`` it is an earlier call's; it is then brought up to date in
             place, for the rows that were looked at.
         ready: int32 [1]; 0: ``lse`` holds nothing yet, and is computed.
-        q_order: see `Plan`, as for the next three; groups may be of any size.
+        q_order: see `Plan`, as for the next three.
         q_offsets: see `Plan`.
         k_order: see `Plan`.
         k_offsets: see `Plan`.
+        largest_group: no group but padding has more tokens; a bound for kernels with tiles of fixed size.
         scale: softmax scale.
         row_stride: look at every so manyth row of a query group, from its first; the mass is scaled up to all rows.
         fresh: whether ``lse`` is that of this q and k.
@@ -111,7 +113,12 @@ def _block_mass(
     from sparse_compile.plan import Groups
 
     query, key = Groups(q_order, q_offsets), Groups(k_order, k_offsets)
-    if implementation(kernel) == "cpu":
+    chosen = implementation(kernel)
+    if chosen == "triton":
+        from sparse_compile.kernels.block_mass import triton_launch
+
+        return triton_launch.block_mass(q, k, lse, ready, query, key, largest_group, scale, row_stride, fresh)
+    if chosen == "cpu":
         from sparse_compile.kernels.block_mass import cpu
 
         return cpu.block_mass(q, k, lse, ready, query, key, scale, row_stride, fresh)
@@ -174,19 +181,14 @@ def _plan_top_k(
     """
     from sparse_compile.kernels.block_map import top_k_reference
 
-    implementation(kernel)
-    kept, recall, counts = top_k_reference.plan_top_k(
-        mass,
-        q_offsets,
-        q_is_video,
-        k_offsets,
-        k_is_video,
-        sparsity,
-        head_adaptive,
-        rank_by,
-        padded_queries_attend,
-        seed,
-    )
+    sides = (q_offsets, q_is_video, k_offsets, k_is_video)
+    settings = (sparsity, head_adaptive, rank_by, padded_queries_attend, seed)
+    if implementation(kernel) == "triton":
+        from sparse_compile.kernels.block_map import triton_launch
+
+        kept, recall, counts = triton_launch.plan_top_k(mass, *sides, *settings)
+    else:
+        kept, recall, counts = top_k_reference.plan_top_k(mass, *sides, *settings)
     keep.copy_(kept)
     ready.fill_(1)
     return recall, counts
@@ -242,7 +244,7 @@ register(
 )
 register(
     "block_mass(Tensor q, Tensor k, Tensor(a!) lse, Tensor ready, Tensor? q_order, Tensor q_offsets,"
-    " Tensor? k_order, Tensor k_offsets, float scale, int row_stride, bool fresh, str kernel)"
+    " Tensor? k_order, Tensor k_offsets, int largest_group, float scale, int row_stride, bool fresh, str kernel)"
     " -> (Tensor mass, Tensor spread)",
     _block_mass,
     _block_mass_fake,

@@ -50,6 +50,12 @@ def _kmeans(
     from sparse_compile.kernels.kmeans import clustering
 
     chosen = implementation(kernel)
+    if chosen == "triton":
+        from sparse_compile.kernels.kmeans import triton_launch
+
+        return triton_launch.cluster_both(
+            q, k, q_valid, k_valid, q_video, k_video, q_centroids, k_centroids, ready, restart, iterations, seed
+        )
     query = clustering.cluster(q, q_valid, q_video, q_centroids, restart, iterations, seed, "query", chosen)
     key = clustering.cluster(k, k_valid, k_video, k_centroids, restart, iterations, seed, "key", chosen)
     if restart:
@@ -121,21 +127,12 @@ def _plan_top_p(
     """
     from sparse_compile.kernels.block_map import reference
 
-    implementation(kernel)
-    return reference.plan_top_p(
-        q_means,
-        k_means,
-        q_offsets,
-        k_offsets,
-        ready,
-        scale,
-        top_p,
-        min_kept,
-        density,
-        rank_by,
-        padded_queries_attend,
-        seed,
-    )
+    arguments = (q_means, k_means, q_offsets, k_offsets, ready, scale, top_p, min_kept, density, rank_by)
+    if implementation(kernel) == "triton":
+        from sparse_compile.kernels.block_map import triton_launch
+
+        return triton_launch.plan_top_p(*arguments, padded_queries_attend, seed)
+    return reference.plan_top_p(*arguments, padded_queries_attend, seed)
 
 
 def _plan_top_p_fake(q_means: Tensor, k_means: Tensor, *ignored: object) -> Tensor:

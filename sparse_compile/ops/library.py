@@ -14,7 +14,7 @@ from sparse_compile.errors import SparseAttentionError
 LIBRARY = torch.library.Library("sparse_compile", "DEF")
 """Keeps the registrations alive."""
 
-KERNELS = ("cpu", "reference")
+KERNELS = ("triton", "cpu", "reference")
 
 
 def register(schema: str, body: Callable[..., Any], fake: Callable[..., Any]) -> None:

@@ -172,7 +172,16 @@ def _write_search(build: GraphBuilder, blocks: _Blocks, *, fresh: bool) -> tuple
     plan = blocks.plan(keep)
     groups = plan.fields()[:-1]
     mass = build.call(
-        "block_mass", build.query, build.key, lse, ready, *groups, build.scale, config.search_row_stride, fresh
+        "block_mass",
+        build.query,
+        build.key,
+        lse,
+        ready,
+        *groups,
+        config.block_size,
+        build.scale,
+        config.search_row_stride,
+        fresh,
     )
     chosen = build.call(
         "plan_top_k",

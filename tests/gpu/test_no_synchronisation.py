@@ -72,7 +72,7 @@ class Site:
             out: torch.Tensor = OPS.attention_with_lse(
                 self.q, self.k, self.v, self.valid, self.valid, self.lse, True, SCALE, True, KERNEL
             )
-        mass, _ = OPS.block_mass(self.q, self.k, self.lse, self.ready, *groups, SCALE, 1, phase == "search", KERNEL)
+        mass, _ = OPS.block_mass(self.q, self.k, self.lse, self.ready, *groups, 16, SCALE, 1, phase == "search", KERNEL)
         settings = (0.75, "paper", "mass", True, 0, KERNEL)
         recall, _ = OPS.plan_top_k(mass, q_offsets, q_video, k_offsets, k_video, self.keep, self.ready, *settings)
         return out if phase == "search" else self.attend((*groups, self.keep), paired=True, recall=recall)

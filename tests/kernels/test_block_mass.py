@@ -15,6 +15,7 @@ from sparse_compile.plan import Groups
 each_kernel = pytest.mark.parametrize("kernel", IMPLEMENTATIONS)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES)
 SCALE = 0.25
+LARGEST = 512  # no group of these tests has more tokens
 
 
 def random_inputs(queries, keys, *, size=16, heads=(2, 2), batch=1, gain=2.0, dtype=torch.float32, seed=0):
@@ -47,7 +48,7 @@ def search(q, k, lse, sides, *, ready=1, row_stride=1, fresh=False, kernel="cpu"
     """The op, with poisoned memory and a copy of ``lse``: mass, spread and the new log-sum-exp."""
     lse, flag = lse.clone(), torch.tensor([ready], dtype=torch.int32)
     with nan_filled_empty():
-        found = OPS.block_mass(q, k, lse, flag, *sides[0], *sides[1], SCALE, row_stride, fresh, kernel)
+        found = OPS.block_mass(q, k, lse, flag, *sides[0], *sides[1], LARGEST, SCALE, row_stride, fresh, kernel)
     return *found, lse
 
 
@@ -186,7 +187,7 @@ def test_strides_and_repeats_change_no_bit(kernel, dtype):
 
     kept, flag = torch.stack((lse, lse), -1)[..., 0], torch.ones(1, dtype=torch.int32)
     strided = q.mT.contiguous().mT, k.transpose(1, 2).contiguous().transpose(1, 2)
-    again = OPS.block_mass(*strided, kept, flag, *sides[0], *sides[1], SCALE, 1, False, kernel)
+    again = OPS.block_mass(*strided, kept, flag, *sides[0], *sides[1], LARGEST, SCALE, 1, False, kernel)
     assert_same_bits((*again, kept), found)
 
 
@@ -375,7 +376,7 @@ def op_args(kernel, fresh, orders):
     plan = random_plan(2, 4, 2, 60, 70)
     query, key = (side if orders else side._replace(order=None) for side in (plan.query_side, plan.key_side))
     ready = torch.ones(1, dtype=torch.int32)
-    return (q, k, dense_lse(q, k), ready, *query, *key, SCALE, 2, fresh, kernel)
+    return (q, k, dense_lse(q, k), ready, *query, *key, LARGEST, SCALE, 2, fresh, kernel)
 
 
 each_call = pytest.mark.parametrize(("fresh", "orders"), [(True, True), (False, True), (False, False)])

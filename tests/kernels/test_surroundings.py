@@ -42,7 +42,7 @@ def adaspa(q, k, v, kernel):
     keep = torch.zeros(1, 2, cut[2].numel(), 1, dtype=torch.int32)
     found = [OPS.attention_with_lse(q, k, v, None, None, lse, True, SCALE, True, kernel)]
     for fresh in (True, False):
-        mass, spread = OPS.block_mass(q, k, lse, ready, *plan, SCALE, 1, fresh, kernel)
+        mass, spread = OPS.block_mass(q, k, lse, ready, *plan, 16, SCALE, 1, fresh, kernel)
         recall, counts = OPS.plan_top_k(mass, *sides, keep, ready, 0.6, "paper", "mass", True, 0, kernel)
         found += [mass, spread, recall, counts, lse.clone()]
     kept = OPS.kept_blocks(keep, ready, *sides, True, kernel)
