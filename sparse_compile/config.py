@@ -56,16 +56,6 @@ def _method(value: object) -> str:
     return value
 
 
-def _kernel(value: object) -> str:
-    if value == "triton":
-        raise SparseAttentionError(
-            "option 'kernel' must name an available implementation",
-            value,
-            "Triton kernels come in a later version; use 'auto'.",
-        )
-    return str(accept.one_of("auto", "cpu", "reference")(value))
-
-
 def _option(default: Any, parse: accept.Parse, accepts: str, doc: str, method: str | None = None) -> Any:
     return dataclasses.field(default=default, metadata={"option": Option(parse, accepts, doc, method)})
 
@@ -177,7 +167,12 @@ class Config:
         "auto, first or last",
         "where those text tokens lie; auto: last",
     )
-    kernel: str = _option("auto", _kernel, "auto, cpu or reference", "which implementation of the ops")
+    kernel: str = _option(
+        "auto",
+        accept.one_of("auto", "triton", "cpu", "reference"),
+        "auto, triton, cpu or reference",
+        "which implementation of the ops; auto: triton on NVIDIA GPUs, cpu on CPUs, else reference (plain torch)",
+    )
     strict: bool = _option(
         False, accept.boolean, "true or false", "raise for unsupported sites, and when nothing became sparse"
     )

@@ -16,6 +16,7 @@ import torch
 from torch import fx
 
 from sparse_compile.compiler import pipeline, torch_internals
+from sparse_compile.compiler.kernel_choice import choose_kernel
 from sparse_compile.config import Config
 from sparse_compile.error_budget import assert_within_error_budget, nan_filled_empty, planted_attention
 from sparse_compile.passes.insert_sparse_attention import StateInput
@@ -102,7 +103,7 @@ def rewrite(captured: Captured, phase: Phase, strategy: Strategy | None = None, 
     planner = planner_of(strategy, **options)
     with torch.no_grad():
         sites = pipeline.find_sites(captured.graph_module, captured.example_inputs, captured.inputs, planner)
-        kernel = pipeline.choose_kernel(planner.config, captured.example_inputs)
+        kernel = choose_kernel(planner.config, captured.example_inputs).name
         graph_module, states = pipeline.rewrite(captured.graph_module, sites, planner, phase, kernel)
     return Rewritten(graph_module, states)
 

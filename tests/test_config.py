@@ -75,12 +75,6 @@ def test_an_option_of_a_later_method_is_refused_by_name(name: str) -> None:
         Config.from_options({}, environ={f"SPARSE_ATTN_{name.upper()}": "1"})
 
 
-@pytest.mark.parametrize(("name", "value"), [("kernel", "triton")])
-def test_a_value_of_a_later_version_is_refused_by_name(name: str, value: str) -> None:
-    with pytest.raises(SparseAttentionError, match=f"got '{value}'.*later version"):
-        Config.from_options({name: value}, environ={})
-
-
 def test_options_win_over_the_environment_and_both_over_defaults() -> None:
     environ = {"SPARSE_ATTN_TOP_P": "0.5", "SPARSE_ATTN_STRICT": "yes", "SPARSE_ATTN_DENSE_STEPS": "3"}
     config = Config.from_options({"top_p": 0.7}, environ=environ)

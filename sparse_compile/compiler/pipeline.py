@@ -13,9 +13,10 @@ from torch import fx
 import sparse_compile.ops  # noqa: F401 - registers the ops that the strategies write
 from sparse_compile.compiler import torch_internals
 from sparse_compile.compiler.guards import add_phase_guard
+from sparse_compile.compiler.kernel_choice import KernelChoice, choose_kernel
 from sparse_compile.compiler.lowering import lower
 from sparse_compile.config import Config
-from sparse_compile.errors import SparseAttentionError, StrictModeError
+from sparse_compile.errors import StrictModeError
 from sparse_compile.passes.classify_sites import classify_sites
 from sparse_compile.passes.insert_sparse_attention import StateInput, insert_sparse_attention
 from sparse_compile.passes.match_attention import match_attention
@@ -62,7 +63,7 @@ def compile_graph(
     if phase is Phase.DENSE:
         compiled, slots = lower(graph_module, inputs, config), []
     else:
-        rewritten, states = rewrite(graph_module, _awake(layers, kept_dense), planner, phase, kernel)
+        rewritten, states = rewrite(graph_module, _awake(layers, kept_dense), planner, phase, kernel.name)
         examples = [example for state in states for example in state.examples]
         compiled = lower(rewritten, [*inputs, *examples], config)
         slots = _slots(states, layers)
@@ -124,23 +125,6 @@ def rewrite(
     log.debug("insert_sparse_attention: %d sites, phase %s%s", result.changed, phase, _lines(result.notes))
     log.debug("rewritten graph:\n%s", copied.graph)
     return copied, result.states
-
-
-def choose_kernel(config: Config, inputs: Iterable[Any]) -> str:
-    """The implementation for the device of a graph's tensors: asked for, or the best there is.
-
-    Raises:
-        SparseAttentionError: ``kernel="cpu"`` for tensors elsewhere.
-    """
-    devices = {value.device.type for value in inputs if isinstance(value, torch.Tensor)}
-    on_cpu = devices <= {"cpu"}
-    if config.kernel == "cpu" and not on_cpu:
-        raise SparseAttentionError(
-            "kernel='cpu' needs tensors on the CPU", ", ".join(sorted(devices)), "Use kernel='auto'."
-        )
-    if config.kernel == "auto":
-        return "cpu" if on_cpu else "reference"
-    return config.kernel
 
 
 def check_strict(sites: Iterable[Site], config: Config) -> None:
@@ -220,12 +204,12 @@ def _region(
     sites: Sequence[Site],
     layers: Sequence[_Layer],
     slots: Sequence[Slot],
-    kernel: str,
+    kernel: KernelChoice,
     planner: Planner,
     registry: Registry,
 ) -> Region:
     position = {node: place for place, node in enumerate(graph_module.graph.find_nodes(op="placeholder"))}
-    records = [(position[site.owner], SiteRecord.of(site, kernel)) for site in sites if site.owner is not None]
+    records = [(position[site.owner], SiteRecord.of(site, *kernel)) for site in sites if site.owner is not None]
     owners = [position[layer.owner] for layer in layers]
     symbols = torch_internals.symbolic_inputs(graph_module)
     return Region(compiled, phase, planner, registry, owners, slots, symbols, records)
@@ -256,7 +240,7 @@ def _record(
     graph_module: fx.GraphModule,
     sites: Sequence[Site],
     phase: Phase,
-    kernel: str,
+    kernel: KernelChoice,
     planner: Planner,
     registry: Registry,
 ) -> None:
@@ -270,10 +254,10 @@ def _record(
     placeholders = graph_module.graph.find_nodes(op="placeholder")
     parameters = [p for p in map(torch_internals.parameter_of, placeholders) if p is not None]
     anchor = parameters[0] if parameters else None
-    unowned = tuple(SiteRecord.of(site, kernel) for site in sites if site.owner is None)
+    unowned = tuple(SiteRecord.of(site, *kernel) for site in sites if site.owner is None)
     registry.record_graph(anchor, GraphRecord(phase, unowned, warning))
     for site in sites:
-        record = SiteRecord.of(site, kernel)
+        record = SiteRecord.of(site, *kernel)
         if site.owner is not None:
             registry.record_site(torch_internals.parameter_of(site.owner), record)
         level = logging.INFO if planner.config.verbose else logging.DEBUG

@@ -1,7 +1,7 @@
 """How Triton kernels are launched: on the device of their tensors, in the interpreter, or compiled and not run.
 
 `compiled_ahead` makes every launch inside of it a compilation for a GPU that need not be there. The host functions
-around the kernels then run unchanged on fake tensors, so that what is compiled is what would be launched.
+around the kernels then run unchanged on tensors without memory, so that what is compiled is what would be launched.
 """
 
 from __future__ import annotations
@@ -70,6 +70,16 @@ def device_of(x: Tensor) -> Device:
     return INTERPRETER if x.device.type == "cpu" else _cuda_device(x.device.index)
 
 
+def is_compiling_ahead() -> bool:
+    """Whether launches compile and run nothing."""
+    return _AHEAD.get() is not None
+
+
+def is_aligned(x: Tensor) -> bool:
+    """Whether memory begins at a multiple of 16 bytes, as wide loads and TMA want it."""
+    return is_compiling_ahead() or x.data_ptr() % 16 == 0
+
+
 def architecture_family(architecture: int) -> int:
     """The newest architecture of `ARCHITECTURES` that is no newer than this one: 86 is tuned as 80, 103 as 100."""
     return max((known for known in ARCHITECTURES if known <= architecture), default=min(ARCHITECTURES))
@@ -107,7 +117,7 @@ def launch(
 def compiled_ahead(architecture: int) -> Iterator[list[Compilation]]:
     """Compile for one of `ARCHITECTURES` whatever is launched inside, and run nothing. Needs no GPU and no driver.
 
-    For fake tensors on a CUDA device. Yields the list that the compilations are added to.
+    For tensors without memory, on the device ``meta``. Yields the list that the compilations are added to.
     """
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver

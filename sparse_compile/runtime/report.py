@@ -50,13 +50,14 @@ class SiteRecord:
     ordinal: int
 
     @classmethod
-    def of(cls, site: Site, kernel: str) -> SiteRecord:
-        """The record of a classified site."""
+    def of(cls, site: Site, kernel: str, why_kernel: str = "") -> SiteRecord:
+        """The record of a classified site, and of the implementation that its ops would call, and why that one."""
         decision = site.decision
         assert decision is not None, "classify_sites decides every site"
         reason = decision.reason
         sentence = "" if reason is None else reason.sentence
-        detail = "; ".join(part for part in (sentence, decision.note, reason.remedy if reason else "") if part)
+        slow = f"plain torch: {why_kernel}" if decision.sparse and why_kernel else ""
+        detail = "; ".join(part for part in (sentence, decision.note, reason.remedy if reason else "", slow) if part)
         heads, head_dim = (site.query_sizes[1], site.query_sizes[3]) if len(site.query_sizes) == 4 else (0, 0)
         return cls(
             layer=site.name,

@@ -15,9 +15,7 @@ from toy_models import EAGER, Block, Stack, tokens
 
 import sparse_compile
 from sparse_compile.compiler import pipeline
-from sparse_compile.compiler.pipeline import choose_kernel
-from sparse_compile.config import Config
-from sparse_compile.errors import SparseAttentionError, StrictModeError
+from sparse_compile.errors import StrictModeError
 from sparse_compile.runtime.registry import REGISTRY
 from sparse_compile.strategies.svg2 import Svg2
 
@@ -288,14 +286,6 @@ def test_dense_phases_of_a_diffusers_model_are_bitwise_what_inductor_gives(metho
         torch.compiler.reset()
         plain = torch.compile(model, backend="inductor")(**kwargs, return_dict=False)[0]
     assert torch.equal(ours, plain)
-
-
-def test_the_cpu_kernel_is_refused_elsewhere() -> None:
-    elsewhere = [torch.empty(1, device="meta")]
-    assert choose_kernel(Config(), elsewhere) == "reference"
-    assert choose_kernel(Config(), [torch.empty(1)]) == "cpu"
-    with pytest.raises(SparseAttentionError, match="needs tensors on the CPU; got 'meta'"):
-        choose_kernel(Config(kernel="cpu"), elsewhere)
 
 
 def test_a_graph_that_cannot_be_read_is_compiled_dense(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,1 @@
+"""Programs that measure. Run from the root of the repository; each file says how."""

@@ -1,0 +1,1 @@
+"""What the benchmarks for a GPU have in common."""

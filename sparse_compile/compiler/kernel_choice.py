@@ -1,0 +1,78 @@
+"""Which implementation of the ops a graph calls: the best for the device of its tensors, or the reason why not."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+
+from sparse_compile.config import Config
+from sparse_compile.errors import SparseAttentionError
+
+OLDEST_TRITON = (3, 6)
+"""What torch 2.11, the oldest that is supported, comes with."""
+OLDEST_CAPABILITY = (8, 0)
+"""Asynchronous copies and bfloat16 begin here."""
+
+
+class KernelChoice(NamedTuple):
+    """The last argument of every op of a graph.
+
+    name: ``triton``, ``cpu`` or ``reference``.
+    reason: why it is plain torch on a device that could have kernels; empty otherwise.
+    """
+
+    name: str
+    reason: str = ""
+
+
+def choose_kernel(config: Config, inputs: Iterable[Any]) -> KernelChoice:
+    """The implementation for the device of a graph's tensors: asked for, or the best there is.
+
+    Args:
+        config: the options.
+        inputs: the example inputs of the graph.
+
+    Raises:
+        SparseAttentionError: ``kernel`` names one that does not run on these tensors.
+    """
+    devices = {value.device for value in inputs if isinstance(value, torch.Tensor)}
+    types = ", ".join(sorted({device.type for device in devices}))
+    on_cpu = all(device.type == "cpu" for device in devices)
+    if config.kernel == "cpu" and not on_cpu:
+        raise SparseAttentionError("kernel='cpu' needs tensors on the CPU", types, "Use kernel='auto'.")
+    if config.kernel == "triton" and on_cpu:
+        raise SparseAttentionError("kernel='triton' needs tensors on a CUDA device", types, "Use kernel='auto'.")
+    if config.kernel == "auto" and on_cpu:
+        return KernelChoice("cpu")
+    if config.kernel in ("cpu", "reference"):
+        return KernelChoice(config.kernel)
+    reason = next((why for device in devices if (why := why_not_triton(device))), "")
+    if reason and config.kernel == "triton":
+        raise SparseAttentionError(f"kernel='triton' cannot run: {reason}", types, "Use kernel='auto'.")
+    return KernelChoice("reference", reason) if reason else KernelChoice("triton")
+
+
+def why_not_triton(device: torch.device) -> str:
+    """Why the Triton kernels cannot run on a device; empty if they can."""
+    if device.type == "cpu":
+        return ""  # a number or an offset among tensors on a GPU
+    if device.type != "cuda" or torch.version.hip is not None:
+        name = "ROCm" if torch.version.hip is not None else device.type
+        return f"there are Triton kernels for NVIDIA GPUs alone, and this is {name}"
+    try:
+        version = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return "triton is not installed"
+    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TRITON:
+        return f"triton {version} is older than {'.'.join(map(str, OLDEST_TRITON))}"
+    if not torch.cuda.is_available():
+        return "there is no CUDA device here"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < OLDEST_CAPABILITY:
+        return "{} is sm_{}{}, and kernels need sm_{}{} or newer".format(
+            torch.cuda.get_device_name(device), *capability, *OLDEST_CAPABILITY
+        )
+    return ""

@@ -1,0 +1,199 @@
+"""Block-sparse attention on a GPU: orders keys and values, expands the plan, launches (docs/kernels.md)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from sparse_compile.kernels.block_sparse_attention.configs import AttentionConfig, candidates
+from sparse_compile.kernels.block_sparse_attention.descriptors import descriptor, fits_descriptor
+from sparse_compile.kernels.block_sparse_attention.head_slices import head_slices
+from sparse_compile.kernels.block_sparse_attention.triton_kernels import attend_tiles
+from sparse_compile.kernels.launching import device_of, launch
+from sparse_compile.kernels.permutation.triton_launch import gather_rows
+from sparse_compile.kernels.token_blocks.valid_first import valid_first
+from sparse_compile.kernels.tuning import chosen
+from sparse_compile.kernels.work_lists.triton_launch import Tiling, density, work_lists
+from sparse_compile.plan import Plan, PooledKeys
+
+SMALLEST_SCALE = 1e-30
+"""Stands for a scale of 0, which times -inf would be NaN."""
+POOLED_AT_ONCE = 32
+"""Pooled keys of a chunk: few, so that their loop needs no more registers than the one over keys."""
+WHOLE_BLOCKS = 0.75
+"""Mean tokens of key groups in place, as a share of a chunk, from which a chunk is a piece of its own."""
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: Plan,
+    pooled: PooledKeys | None,
+    scale: float,
+    out: Tensor,
+    config: AttentionConfig | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Write attention over the kept keys, and the pooled keys of all other groups, into ``out``.
+
+    Source: SVG2 (arXiv 2505.18875), SVG-EAR (arXiv 2603.08982). Gives the result of `reference.attention` to within
+        rounding: weights and pooled keys enter their products in the dtype of q, and sums are float32.
+    Shapes: q [B, H, Sq, D]; k [B, Hkv, Sk, D]; v [B, Hkv, Sk, Dv]; out [B, H, Sq, Dv]; any strides. D and Dv are at
+        most 256, Sk is below `work_lists.LONGEST_SEQUENCE`.
+    Dtypes: float16, bfloat16 or float32, all alike.
+    Returns: natural log-sum-exp float32 [B, H, Sq], -inf for a row without keys; density float32 [B, H].
+    """
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    kept_keys = torch.empty(plan.keep.shape[:3], dtype=torch.int32, device=q.device)
+    if pooled is not None:
+        pooled = pooled_for_products(pooled, q.dtype)
+    config = config or choose(q, k, v, plan)
+    tiling = config.tiling(ragged=_is_ragged(k, plan, config))
+    if tiling.piece != config.block_k or not fits_descriptor(k) or not fits_descriptor(v):
+        config = config._replace(descriptors=False)
+    for part in head_slices(q, k, v, plan, tiling):
+        _attend(
+            part.of_queries(q),
+            part.of_keys(k),
+            part.of_keys(v),
+            part.of_plan(plan),
+            part.of_pooled(pooled),
+            scale,
+            part.of_queries(out),
+            part.of_queries(lse),
+            part.of_queries(kept_keys),
+            config,
+            tiling,
+        )
+    return lse, density(plan, kept_keys)
+
+
+def attention_with_lse(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_valid: Tensor | None,
+    k_valid: Tensor | None,
+    padded_queries_attend: bool,
+    scale: float,
+    out: Tensor,
+    lse: Tensor,
+) -> None:
+    """Dense attention that keeps its log-sum-exp, by a plan of one group and the padding behind it.
+
+    Source: the first search of AdaSpa (arXiv 2502.21079). Gives the result of
+        `block_mass.reference.attention_with_lse` to within rounding.
+    Shapes: q_valid bool [B or 1, Sq] and k_valid bool [B or 1, Sk], or None; lse float32 [B, H, Sq], written; the
+        others as `attention`.
+    """
+    batches, heads, queries, _ = q.shape
+    query = valid_first(q_valid, batches, heads, queries, q.device)
+    key = valid_first(k_valid, batches, k.shape[1], k.shape[2], q.device)
+    keep = torch.ones((batches, heads, 2, 1), dtype=torch.int32, device=q.device)
+    if not padded_queries_attend:
+        keep[:, :, 1] = 0
+    lse.copy_(attention(q, k, v, Plan(*query, *key, keep), None, scale, out)[0])
+
+
+def choose(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> AttentionConfig:
+    """The configuration of a call, from shapes alone."""
+    mean_row = q.shape[2] / max(1, plan.keep.shape[2] - 1)
+    size, ragged = max(q.shape[3], v.shape[3]), plan.k_order is not None
+    rows = candidates(device_of(q), q.dtype, size, ragged=ragged, mean_row=mean_row)
+    return chosen(
+        "block_sparse_attention", problem(q.dtype, size, ragged=ragged, most_queries=rows[0].block_q), rows, q
+    )
+
+
+def problem(dtype: torch.dtype, size: int, *, ragged: bool, most_queries: int) -> str:
+    """What a measurement of the configurations holds for."""
+    return f"{dtype}, {size}, {'ragged' if ragged else 'blocks'}, tiles up to {most_queries}"
+
+
+def pooled_for_products(pooled: PooledKeys, dtype: torch.dtype) -> PooledKeys:
+    """Means in the dtype of the products that they enter; all contiguous."""
+    coupling = None if pooled.coupling is None else pooled.coupling.contiguous()
+    means = (x.to(dtype).contiguous() for x in (pooled.mean_k, pooled.mean_v))
+    return PooledKeys(*means, pooled.log_size.contiguous(), coupling)
+
+
+def _is_ragged(k: Tensor, plan: Plan, config: AttentionConfig) -> bool:
+    """Whether chunks are packed from short pieces, rather than one block of keys in place each."""
+    mean_group = k.shape[2] / max(1, plan.key_groups - 1)
+    return plan.k_order is not None or mean_group < WHOLE_BLOCKS * config.block_k
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: Plan,
+    pooled: PooledKeys | None,
+    scale: float,
+    out: Tensor,
+    lse: Tensor,
+    kept_keys: Tensor,
+    config: AttentionConfig,
+    tiling: Tiling,
+) -> None:
+    """One launch. All tensors are of the same heads; ``lse`` and ``kept_keys`` are contiguous and written."""
+    queries, size, keys, value_size = *q.shape[2:], *v.shape[2:]
+    lists = work_lists(plan, queries, keys, tiling)
+    kept_keys.copy_(lists.kept_keys)
+    if plan.k_order is not None:
+        k, v = gather_rows(k, v, plan.k_order)
+    size_padded, value_padded = (max(16, 1 << (x - 1).bit_length()) for x in (size, value_size))
+    whole_blocks = config.descriptors
+    tiles = lists.tiles.shape[0]
+    absent = lists.pieces  # stands for what a constant switches off
+    coupling = None if pooled is None else pooled.coupling
+    launch(
+        attend_tiles,
+        (min(tiles, config.persistent * device_of(q).multiprocessors or tiles),),
+        q,
+        descriptor(k, config.block_k, size_padded) if whole_blocks else k,
+        descriptor(v, config.block_k, value_padded) if whole_blocks else v,
+        out,
+        lse,
+        absent if plan.q_order is None else plan.q_order.contiguous(),
+        lists.tiles,
+        lists.n_tiles,
+        lists.pieces,
+        lists.counts,
+        lists.skipped,
+        *((absent, absent, absent) if pooled is None else (pooled.mean_k, pooled.mean_v, pooled.log_size)),
+        absent if coupling is None else coupling,
+        queries,
+        q.shape[1],
+        q.shape[1] // k.shape[1],
+        plan.keep.shape[2],
+        plan.key_groups,
+        plan.keep.shape[3],
+        lists.pieces.shape[1],
+        *q.stride()[:3],
+        *k.stride()[:3],
+        *v.stride()[:3],
+        *out.stride()[:3],
+        scale,
+        max(abs(scale), SMALLEST_SCALE) / math.log(2),
+        BLOCK_Q=config.block_q,
+        BLOCK_K=config.block_k,
+        PIECE=tiling.piece,
+        BLOCK_P=POOLED_AT_ONCE,
+        D=size,
+        D_PAD=size_padded,
+        DV=value_size,
+        DV_PAD=value_padded,
+        ORDERED=plan.q_order is not None,
+        POOLED=pooled is not None,
+        COUPLED=coupling is not None,
+        FLIP=scale < 0,
+        TMA=whole_blocks,
+        WIDE=keys * max(k.stride(2), v.stride(2)) >= 2**31,
+        PRECISION="tf32x3" if q.dtype is torch.float32 else "ieee",
+        warps=config.warps,
+        stages=config.stages,
+    )
