@@ -1,15 +1,17 @@
 """Compile every shipped kernel for every GPU it is shipped for, without one, and check what came out.
 
-    python -m benchmarks.compiled_kernels [--json FILE] [--architectures 80,90] [--sizes 64,128] [--jobs 2] [--markdown]
+    python -m benchmarks.compiled_kernels [--json FILE] [--known FILE] [--markdown]
+        [--architectures 80,90] [--sizes 64,128] [--dtypes bf16,fp32] [--jobs 2]
 
 Checked: shared memory within the limit; for float16 and bfloat16 with head sizes up to 128 no spilled register, and the
-matrix instruction of the architecture wherever a kernel multiplies 16-bit tiles. What FILE holds for these very sources
-is not compiled again. Exit status 1 if a rule is broken.
+matrix instruction of the architecture wherever a kernel multiplies 16-bit tiles. What the file of --known holds for these
+very sources is not compiled again. Exit status 1 if a rule is broken.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import itertools
 import json
@@ -30,6 +32,7 @@ KERNELS = ROOT / "sparse_compile" / "kernels"
 MATRIX_INSTRUCTION = {80: "mma.sync", 89: "mma.sync", 90: "wgmma", 100: "tcgen05.mma", 120: "mma.sync"}
 MULTIPLIES_16_BIT = ("attend_tiles", "assign", "sum_blocks", "renew_lse")
 """Kernels whose products take tiles of q and k as they are."""
+COMPILED_FROM = ("triton_kernels.py", "triton_launch.py", "configs.py", "launching.py", "shipped.py")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 Row = dict[str, Any]
 
@@ -37,7 +40,10 @@ Row = dict[str, Any]
 def main(arguments: list[str] | None = None) -> int:
     """Compile, check, write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path, default=None, help="read known results from here, and write all of them")
+    parser.add_argument("--json", type=Path, default=None, help="write the results here")
+    parser.add_argument(
+        "--known", type=Path, default=None, help="results that need not be made again (default: --json)"
+    )
     parser.add_argument("--architectures", default="80,89,90,100,120")
     parser.add_argument("--sizes", default="64,128", help="head sizes")
     parser.add_argument("--dtypes", default="bf16,fp16,fp32")
@@ -45,8 +51,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--markdown", action="store_true", help="print the table of docs/kernels.md")
     chosen = parser.parse_args(arguments)
     known: dict[str, list[Row]] = {}
-    if chosen.json is not None and chosen.json.exists():
-        known = json.loads(chosen.json.read_text())["compiled"]
+    before = chosen.known or chosen.json
+    if before is not None and before.exists():
+        known = json.loads(before.read_text())["compiled"]
     wanted = list(
         itertools.product(
             map(int, chosen.architectures.split(",")), chosen.dtypes.split(","), map(int, chosen.sizes.split(","))
@@ -146,22 +153,27 @@ def broken_rules(row: Row) -> Iterator[str]:
 
 def key_of(architecture: int, dtype: str, size: int) -> str:
     """What a result holds for: the sources of all kernels and the version of Triton, too."""
+    return f"{sources()} sm_{architecture} {dtype} D{size}"
+
+
+@functools.cache
+def sources() -> str:
+    """Identity of what is compiled, as it was when the program began."""
     import triton
 
     digest = hashlib.sha256()
     for file in sorted(KERNELS.rglob("*.py")):
-        if file.name in ("triton_kernels.py", "triton_launch.py", "configs.py", "launching.py", "shipped.py"):
+        if file.name in COMPILED_FROM:
             digest.update(file.relative_to(KERNELS).as_posix().encode() + file.read_bytes())
-    return f"{digest.hexdigest()[:16]} triton {triton.__version__} sm_{architecture} {dtype} D{size}"
+    return f"{digest.hexdigest()[:16]} triton {triton.__version__}"
 
 
 def write(file: Path, known: dict[str, list[Row]]) -> None:
     """Results of these sources alone; older ones hold for nothing."""
-    source = key_of(0, "", 0).split()[0]
-    current = {key: rows for key, rows in sorted(known.items()) if key.startswith(source)}
+    current = {key: rows for key, rows in sorted(known.items()) if key.startswith(sources())}
     command = "python -m benchmarks.compiled_kernels --json benchmarks/results/compiled_kernels.json"
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps({"command": command, "compiled": current}, indent=None, separators=(",", ":")) + "\n")
+    file.write_text(json.dumps({"command": command, "compiled": current}, indent=None) + "\n")
 
 
 def describe(row: Row) -> str:

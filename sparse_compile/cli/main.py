@@ -84,6 +84,15 @@ def build_parser() -> argparse.ArgumentParser:
     bench.add_argument("--seed", type=int, default=0, help="of the starting noise and of the prompts (default: 0)")
     bench.add_argument("--json", metavar="FILE", help="write one line of JSON per configuration to FILE")
 
+    tune = commands.add_parser(
+        "tune",
+        help="time the kernels' configurations on this GPU and remember the best",
+        description="Time the configurations of the Triton kernels on this GPU. Every process of this user then runs "
+        "the best ones.",
+    )
+    tune.set_defaults(needs_extra=False)
+    tune.add_argument("--sizes", type=_positive, nargs="+", default=[64, 128], help="head sizes (default: 64 128)")
+
     doctor = commands.add_parser(
         "doctor",
         help="check the installation",

@@ -71,10 +71,10 @@ def _planning(device: Device, q: Tensor, k: Tensor, dtype: torch.dtype, size: in
     ready, span = _tensor(1, dtype=torch.int32), [0, TOKENS - 512]
     centroids = (_tensor(HEADS, Q_CLUSTERS, size, dtype=dtype), _tensor(HEADS, K_CLUSTERS, size, dtype=dtype))
     for assign in kmeans_configs.assign_candidates(device, dtype, size):
-        run = functools.partial(
-            clusters.cluster_both, q, k, None, None, span, span, *centroids, ready, False, 2, 0, assign=assign
+        both = (q, k, None, None, span, span, *centroids, ready, False, 2, 0)
+        yield Shipped(
+            "kmeans", "two iterations", assign, functools.partial(clusters.cluster_both, *both, assign=assign)
         )
-        yield Shipped("kmeans", "two iterations", assign, run)
     ragged, blocks = _clusters(), _blocks()
     means = (_tensor(HEADS, Q_CLUSTERS, size), _tensor(HEADS, K_CLUSTERS, size))
     top_p = (*means, ragged.q_offsets, ragged.k_offsets, ready, SCALE, 0.9, 0.1, None, "mass", True, 0)
@@ -90,17 +90,19 @@ def _measuring(device: Device, q: Tensor, k: Tensor, v: Tensor, dtype: torch.dty
     plan, ready, lse = _blocks(), _tensor(1, dtype=torch.int32), _tensor(HEADS, TOKENS)
     sides = Groups(None, plan.q_offsets), Groups(None, plan.k_offsets)
     for mass_config in mass_configs.candidates(device, dtype, size):
-        run = functools.partial(mass.block_mass, q, k, lse, ready, *sides, BLOCK, SCALE, 1, False, config=mass_config)
-        yield Shipped("block_mass", "kept log-sum-exp", mass_config, run)
+        search = functools.partial(
+            mass.block_mass, q, k, lse, ready, *sides, BLOCK, SCALE, 1, False, config=mass_config
+        )
+        yield Shipped("block_mass", "kept log-sum-exp", mass_config, search)
     ragged, span = _clusters(), [0, TOKENS - 512]
     for coupling in pooled_configs.coupling_candidates(device, dtype, size):
-        run = functools.partial(
+        pool = functools.partial(
             pooled.pooled_keys, k, v, ragged.k_order, ragged.k_offsets, span, True, coupling_config=coupling
         )
-        yield Shipped("pooled_keys", "coupled", coupling, run)
+        yield Shipped("pooled_keys", "coupled", coupling, pool)
     for config in kept_configs.candidates(device, dtype, size):
-        run = functools.partial(kept.kept_mass, q, k, None, span, ragged, SCALE, 64, 0, config=config)
-        yield Shipped("kept_mass", "64 rows", config, run)
+        probe = functools.partial(kept.kept_mass, q, k, None, span, ragged, SCALE, 64, 0, config=config)
+        yield Shipped("kept_mass", "64 rows", config, probe)
 
 
 def _tensor(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -46,27 +46,29 @@ def entry(kernel: str, problem: str) -> str:
 @functools.cache
 def measurements(gpu: str) -> Mapping[str, list[Any]]:
     """What was measured on a GPU model, by `entry`; read once in a process."""
-    try:
-        found = json.loads(path().read_text()).get(identity(gpu), {})
-    except (OSError, ValueError):
-        return {}
+    found = _everything().get(identity(gpu))
     return found if isinstance(found, dict) else {}
 
 
 def save(gpu: str, choices: Mapping[str, Sequence[Any]]) -> Path:
     """Add measurements to the file, whole or not at all; give its path."""
-    file = path()
-    try:
-        known = json.loads(file.read_text())
-    except (OSError, ValueError):
-        known = {}
-    known[identity(gpu)] = {**known.get(identity(gpu), {}), **{key: list(row) for key, row in choices.items()}}
+    file, known = path(), _everything()
+    known[identity(gpu)] = {**measurements(gpu), **{key: list(row) for key, row in choices.items()}}
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_suffix(f".{os.getpid()}")
     temporary.write_text(json.dumps(known, indent=1))
     temporary.replace(file)
     measurements.cache_clear()
     return file
+
+
+def _everything() -> dict[str, Any]:
+    """The file; empty if it is not there or not ours."""
+    try:
+        found = json.loads(path().read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def path() -> Path:

@@ -3,7 +3,8 @@
 Opaque to Inductor (`Library.define/impl`), so that one body serves every device and nothing is decomposed. What an op
 writes is marked in its schema; everything it returns is fresh. Tensors may have any strides. The last argument names
 the implementation: ``triton`` (CUDA tensors; CPU tensors under Triton's interpreter), ``cpu`` or ``reference`` (plain
-torch, any device). No op reads a device value on the host, except the CPU implementation, where host and device are one.
+torch, any device). No op reads a device value on the host, but for the CPU implementation: there host and device are
+one.
 
 Notation: B batch, H query heads, Hkv key/value heads, S tokens, D head size, Gq and Gk groups of queries and keys, the
 last of which is padding (`sparse_compile.plan.Plan`).

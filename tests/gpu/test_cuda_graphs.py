@@ -6,6 +6,7 @@ import pytest
 import torch
 from gpu_generations import outputs_of_steps
 from gpu_sites import assert_same_call, searched_site
+from torch._dynamo.utils import counters
 
 pytestmark = [
     pytest.mark.gpu,
@@ -41,10 +42,14 @@ def test_a_captured_call_replays_with_other_inputs_as_it_runs_eagerly(
 
 @pytest.mark.parametrize("method", ["svg2", "adaspa"])
 def test_reduce_overhead_gives_the_eager_result(method: str) -> None:
-    options = {"dense_steps": 1, "device": "cuda", "steps": 6, "tokens": 600}  # every phase is replayed or recorded
+    """Of the four sparse steps, Inductor warms up in the first, records in the second and replays in the others."""
+    options = {"dense_steps": 1, "device": "cuda", "steps": 6, "tokens": 600}
+    counters["inductor"].clear()
     captured, phases = outputs_of_steps(method, compile_mode="reduce-overhead", **options)
+    assert counters["inductor"]["cudagraph_skips"] == 0
     torch.compiler.reset()
     eager, eager_phases = outputs_of_steps(method, lowering="eager", **options)
     assert phases == eager_phases and phases.count("sparse") >= 3
     for one, other in zip(captured, eager, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
+        assert torch.isfinite(one).all()
+        assert (one - other).norm() <= 1e-3 * other.norm()

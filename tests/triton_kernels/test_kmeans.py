@@ -18,7 +18,6 @@ from torch import Tensor
 
 from sparse_compile.error_budget import nan_filled_empty
 from sparse_compile.kernels.kmeans.configs import Assign, Update
-from sparse_compile.kernels.kmeans.stratified import one_of_each_stratum, one_of_each_stratum_of_heads
 from sparse_compile.kernels.kmeans.triton_launch import cluster_both
 from sparse_compile.kernels.permutation.triton_launch import sort_both
 
@@ -178,17 +177,6 @@ def test_the_start_is_the_sample_of_the_reference(device):
     assert torch.equal(got.q_offsets, expected.q_offsets) and torch.equal(got.k_order, expected.k_order)
 
 
-@pytest.mark.parametrize("shared", [False, True])
-@pytest.mark.parametrize(("tokens", "strata", "share"), [(100, 7, 0.5), (5, 12, 1.0), (1, 3, 0.0), (200, 64, 0.1)])
-def test_strata_of_all_heads_at_once_are_those_of_each_head(device, tokens, strata, share, shared):
-    included = torch.rand(2, 1 if shared else 3, tokens, generator=torch.Generator().manual_seed(0)) < share
-    token, occupied = one_of_each_stratum_of_heads(included.to(device), strata, 2**33 + 5, 1, 3)
-    for b in range(2):
-        for h in range(3):
-            expected = one_of_each_stratum(included[b, 0 if shared else h], strata, 2**33 + 5, 1, h)
-            assert torch.equal(token[b, h].cpu(), expected[0]) and torch.equal(occupied[b, h].cpu(), expected[1])
-
-
 @pytest.mark.parametrize("restart", [True, False])
 def test_text_and_padding_are_groups_of_their_own_and_touch_nothing_else(device, restart):
     x, points = separated(2, 1, 120, 16, 3, device)
@@ -256,13 +244,6 @@ def test_no_tokens_leave_centroids_of_zero(device):
     assert got.q_means.abs().sum() == 0 and got.k_offsets.abs().sum() == 0
 
 
-def test_more_clusters_than_tokens_leave_the_rest_empty(device):
-    x = random_tensor(1, 1, 5, 8).to(device)
-    got = run(x, x[:, :, :1], 12, 1)
-    sizes = got.q_offsets[0, 0].diff()[:12]
-    assert sizes.sum() == 5 and sizes.max() == 1
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_equal_tokens_all_get_label_0_and_are_their_mean(device, dtype):
     x = torch.full((1, 1, 130, 16), 0.1, dtype=dtype, device=device)
@@ -320,11 +301,11 @@ def test_a_batch_equals_its_items_and_a_repeat_its_first_run(device):
     q, k = random_tensor(2, 1, 70, 16).to(device), random_tensor(2, 1, 50, 16, seed=1).to(device)
     valid = torch.ones(2, 50, dtype=torch.bool, device=device)
     valid[1, 40:] = False
-    both, again = (run(q, k, k_valid=valid, **TILES) for _ in range(2))
+    both, again = (run(q, k, 2, 2, k_valid=valid, **TILES) for _ in range(2))
     assert_same_bits(both.outputs, again.outputs)
     for b in range(2):
         item = slice(b, b + 1)
-        one = run(q[item], k[item], k_valid=valid[item], **TILES)
+        one = run(q[item], k[item], 2, 2, k_valid=valid[item], **TILES)
         for name in ("q_order", "q_offsets", "q_means", "k_order", "k_offsets", "k_means", "q_centroids"):
             assert torch.equal(getattr(both, name)[item], getattr(one, name)), name
 
@@ -378,13 +359,14 @@ def test_tokens_of_a_real_model_get_nearest_centroids_and_their_means(device, dt
     first = run(q, k, 300, 1000, iterations=2, q_video=[0, 23_000])
     got = run(q, k, state=first, iterations=1, q_video=[0, 23_000])
     assert_same_bits(got.outputs, run(q, k, state=first, iterations=1, q_video=[0, 23_000]).outputs)
+    position = torch.arange(24_000, device=device, dtype=torch.int32)
     for x, order, offsets, means, centroids in (
         (q, got.q_order, got.q_offsets, got.q_means, first.q_centroids),
         (k, got.k_order, got.k_offsets, got.k_means, first.k_centroids),
     ):
         clusters = means.shape[2]
         for h in (0, 7):
-            group = torch.searchsorted(offsets[0, h, 1:].contiguous(), torch.arange(24_000, device=device), right=True)
+            group = torch.searchsorted(offsets[0, h, 1:].contiguous(), position, right=True)
             labels = torch.empty_like(group).scatter_(0, order[0, h].long(), group)
             own, here = x[0, h].double(), centroids[0, h].double()
             video = labels < clusters
@@ -406,3 +388,12 @@ def test_a_search_of_fifty_iterations_is_as_good_as_the_reference(device):
     for h in range(8):
         best = inertia(x[0, h], its[0, h], expected.k_means[0, h])
         assert inertia(x[0, h], mine[0, h], got.k_means[0, h]) <= 1.05 * best
+
+
+@pytest.mark.gpu
+def test_more_groups_than_are_counted_are_clustered_too(device):
+    x, points = separated(1, 2, 20_000, 64, 5000, device)
+    state = warm(points[:, :, :9], points)
+    got, expected = (run(x, x, state=state, iterations=1, kernel=kernel) for kernel in ("triton", "reference"))
+    assert torch.equal(got.k_order, expected.k_order) and torch.equal(got.k_offsets, expected.k_offsets)
+    assert torch.allclose(got.k_means, expected.k_means, atol=1e-5)

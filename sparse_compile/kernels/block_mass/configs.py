@@ -23,7 +23,7 @@ class Config(NamedTuple):
 
 
 NARROW = {
-    80: (Config(128, 64, 4, 3), Config(128, 64, 8, 3), Config(64, 64, 4, 3)),
+    80: (Config(128, 64, 4, 3), Config(64, 64, 4, 3)),
     89: (Config(128, 64, 8, 3), Config(64, 64, 4, 3), Config(128, 64, 4, 3)),
     90: (Config(128, 64, 8, 3), Config(128, 128, 8, 2), Config(128, 128, 8, 3), Config(128, 64, 4, 3)),
     100: (Config(128, 64, 4, 3), Config(128, 128, 8, 3), Config(64, 64, 4, 3)),
@@ -31,14 +31,20 @@ NARROW = {
 }
 """16-bit inputs with D of at most 128. On sm_90 the first leaves room for a second program on the multiprocessor: one
 multiplies while the other takes exponentials."""
-WIDE = (Config(64, 64, 8, 2), Config(64, 32, 4, 3), Config(64, 32, 4, 2), Config(32, 16, 4, 2))
-"""float32 inputs, and wider heads."""
+WIDE = (Config(64, 64, 8, 2), Config(64, 32, 4, 3))
+"""16-bit inputs and wider heads."""
+FULL = {90: (Config(64, 64, 8, 2), Config(64, 32, 4, 3)), 100: (Config(64, 32, 8, 2),)}
+"""float32 inputs with D of at most 128. Elsewhere, three products in TF32 leave registers for few keys at a time."""
+FEW_KEYS = (Config(64, 16, 4, 2), Config(32, 16, 4, 2))
 
 
 def candidates(device: Device, dtype: torch.dtype, size: int) -> tuple[Config, ...]:
     """Configurations that fit the shared memory, best first. ``size``: D."""
-    wide = size > 128 or dtype is torch.float32
-    known = WIDE if wide else NARROW[architecture_family(device.architecture)]
+    family = architecture_family(device.architecture)
+    if dtype is torch.float32:
+        known = FEW_KEYS[1:] if size > 128 else FULL.get(family, FEW_KEYS)
+    else:
+        known = WIDE if size > 128 else NARROW[family]
     item = torch.finfo(dtype).bits // 8
     return tuple(config for config in known if shared_memory(config, size, item) <= device.shared_memory)
 

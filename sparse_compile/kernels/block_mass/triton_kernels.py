@@ -76,7 +76,7 @@ def _products(q, k):
     return tl.dot(q, tl.trans(k), input_precision="tf32x3")  # which says nothing for 16-bit inputs
 
 
-@triton.jit(do_not_specialize=["q_pieces", "k_pieces"])
+@triton.jit(do_not_specialize=["q_pieces", "k_groups"])
 def sum_blocks(
     q,
     k,
@@ -107,7 +107,7 @@ def sum_blocks(
     heads,
     shared,
     q_pieces,
-    k_pieces,
+    k_groups,
     row_stride,
     scale_log2,
     D: tl.constexpr,
@@ -115,13 +115,13 @@ def sum_blocks(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     Q_PIECE: tl.constexpr,
-    K_PIECE: tl.constexpr,
     PIECES_PER_GROUP: tl.constexpr,
+    K_SLOTS: tl.constexpr,
     LARGEST_EXPONENT: tl.constexpr,
     ONLY_READY: tl.constexpr,
     ONLY_UNUSABLE: tl.constexpr,
 ):
-    """Sum exp2(min(scale_log2 q.k - lse / ln 2, LARGEST_EXPONENT)) over pairs of pieces of groups.
+    """Sum exp2(min(scale_log2 q.k - lse / ln 2, LARGEST_EXPONENT)) over pairs of a query piece and a key group.
 
     Source: AdaSpa (arXiv 2502.21079), docs/adaspa.md, section 4.
     One program: the BLOCK_M / Q_PIECE pieces in BLOCK_M slots of a head, against all keys, BLOCK_N slots at a time.
@@ -131,8 +131,8 @@ def sum_blocks(
     ONLY_UNUSABLE: the pass after that: heads with a usable lse are left as they are.
 
     Shapes: q [B, H, Sq, D]; k [B, Hkv, Sk, D]; lse float32 [B, H, Sq]; q_slots int32 [B, H, q_pieces, Q_PIECE], k_slots
-        int32 [B, Hkv, k_pieces, K_PIECE]; q_offsets int32 [B, H, Gq + 1]; ready int32 [1]; usable int32 [B, H]; mass
-        float32 [B * H, q_pieces, k_pieces] with strides; moved float32 [B, H, q_pieces, Q_PIECE].
+        int32 [B, Hkv, k_groups, K_SLOTS]; q_offsets int32 [B, H, Gq + 1]; ready int32 [1]; usable int32 [B, H]; mass
+        float32 [B * H, q_pieces, k_groups] with strides; moved float32 [B, H, q_pieces, Q_PIECE].
     """
     tiles = tl.cdiv(q_pieces * Q_PIECE, BLOCK_M)
     program = tl.program_id(0)
@@ -160,6 +160,7 @@ def sum_blocks(
     shift = tl.where(known, shift, 0.0)
 
     Q_IN_TILE: tl.constexpr = BLOCK_M // Q_PIECE
+    K_PIECE: tl.constexpr = K_SLOTS if K_SLOTS < BLOCK_N else BLOCK_N
     K_IN_TILE: tl.constexpr = BLOCK_N // K_PIECE
     piece = (program % tiles).to(tl.int64) * Q_IN_TILE + tl.arange(0, Q_IN_TILE)
     bounds = q_offsets + b * stride_ob + h * stride_oh + piece // PIECES_PER_GROUP * stride_og
@@ -170,17 +171,18 @@ def sum_blocks(
 
     k_head = b * (heads // shared) + h // shared
     keys = k + b * stride_kb + h // shared * stride_kh
-    key_tokens = k_slots + k_head * k_pieces * K_PIECE
+    key_tokens = k_slots + k_head * k_groups * K_SLOTS
     sums = mass + head * stride_mh + piece[:, None] * stride_mq
     largest = tl.full([BLOCK_M], float("-inf"), tl.float32)
     ratio = tl.zeros([BLOCK_M], tl.float32)
+    carried = tl.zeros([Q_IN_TILE, K_IN_TILE], tl.float32)
     key_slot = tl.arange(0, BLOCK_N)
-    next_token = tl.load(key_tokens + key_slot, mask=key_slot < k_pieces * K_PIECE, other=-1)  # [BLOCK_N]
-    for start in tl.range(0, k_pieces * K_PIECE, BLOCK_N):
+    next_token = tl.load(key_tokens + key_slot, mask=key_slot < k_groups * K_SLOTS, other=-1)  # [BLOCK_N]
+    for start in tl.range(0, k_groups * K_SLOTS, BLOCK_N):
         key_token = next_token  # known an iteration ahead, so that the loads of keys can run ahead as well
         key = _load_rows(keys, key_token, stride_ks, stride_kd, D, D_PAD)
         following = start + BLOCK_N + key_slot
-        next_token = tl.load(key_tokens + following, mask=following < k_pieces * K_PIECE, other=-1)
+        next_token = tl.load(key_tokens + following, mask=following < k_groups * K_SLOTS, other=-1)
         exponent = _products(rows, key) * scale_log2 - shift[:, None]  # [BLOCK_M, BLOCK_N]
         exponent = tl.where((key_token >= 0)[None, :], exponent, float("-inf"))
         if ONLY_READY:
@@ -193,9 +195,13 @@ def sum_blocks(
         by_key = tl.sum(tl.reshape(term, [BLOCK_M, K_IN_TILE, K_PIECE]), 2)  # [BLOCK_M, K_IN_TILE]
         by_key = tl.where(known[:, None], by_key, 0.0)
         total = tl.sum(tl.reshape(by_key, [Q_IN_TILE, Q_PIECE, K_IN_TILE]), 1)  # [Q_IN_TILE, K_IN_TILE]
-        key_piece = start // K_PIECE + tl.arange(0, K_IN_TILE)
-        owned = (piece < q_pieces)[:, None] & (key_piece < k_pieces)[None, :]
-        tl.store(sums + key_piece[None, :], total * rows_per_look[:, None], mask=owned)
+        key_group = start // K_SLOTS + tl.arange(0, K_IN_TILE)
+        owned = (piece < q_pieces)[:, None] & (key_group < k_groups)[None, :]
+        if K_PIECE < K_SLOTS:  # a key group takes several iterations; the last one has its sum
+            total += tl.where(start % K_SLOTS == 0, 0.0, carried)
+            carried = total
+            owned = owned & ((start + BLOCK_N) % K_SLOTS == 0)
+        tl.store(sums + key_group[None, :], total * rows_per_look[:, None], mask=owned)
     if ONLY_READY:
         reach = tl.exp2(tl.full([BLOCK_M], LARGEST_EXPONENT, tl.float32))
         fits = known & (ratio > 1 / reach) & (ratio < reach)

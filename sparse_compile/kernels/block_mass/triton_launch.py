@@ -11,6 +11,7 @@ from sparse_compile.kernels.block_mass.configs import Config, candidates
 from sparse_compile.kernels.block_mass.reference import LARGEST_EXPONENT, LOG2_E, MOST_SPREAD
 from sparse_compile.kernels.block_mass.triton_kernels import fill_slots, judge_heads, renew_lse, sum_blocks
 from sparse_compile.kernels.launching import device_of, launch
+from sparse_compile.kernels.tuning import chosen
 from sparse_compile.plan import Groups
 
 SLOTS_AT_ONCE = 1024
@@ -41,7 +42,7 @@ class Slots(NamedTuple):
         return min(self.per_group, block)
 
     def pieces(self, block: int) -> int:
-        """Number of pieces of all groups."""
+        """Number of such pieces of all groups."""
         return self.groups * (self.per_group // self.piece(block))
 
 
@@ -80,29 +81,28 @@ def block_mass(
     program per head judges by that (`judge_heads`); then `lse` is brought up to date, and the mass made again, where
     programs of usable heads have nothing left to multiply.
     """
-    config = config or candidates(device_of(q), q.dtype, q.shape[3])[0]
+    rows = candidates(device_of(q), q.dtype, q.shape[3])
+    config = config or chosen("block_mass", problem(q.dtype, q.shape[3]), rows, q)
     b, h = q.shape[:2]
     spread = q.new_zeros((b, h), dtype=torch.float32)
     looks = _slots(query, _power_of_two(-(-largest_group // row_stride)), row_stride)
     keys = _slots(key, max(FEWEST_KEY_SLOTS, _power_of_two(largest_group)), 1)
-    groups, pieces = (looks.groups, keys.groups), (looks.pieces(config.block_m), keys.pieces(config.block_n))
-    mass = q.new_empty((b, h, groups[0] + 1, groups[1] + 1), dtype=torch.float32)
-    sums = mass.narrow(2, 0, groups[0]).narrow(3, 0, groups[1])
-    if pieces != groups:
-        sums = mass.new_empty((b, h, *pieces))
+    pieces = looks.pieces(config.block_m)
+    mass = q.new_empty((b, h, looks.groups + 1, keys.groups + 1), dtype=torch.float32)
+    sums = mass if pieces == looks.groups else mass.new_empty((b, h, pieces, keys.groups))
     tensors = (q, k, lse, looks, keys, query.offsets, ready, sums)
     if fresh:
         _sum_blocks(*tensors, scale, row_stride, config)
     else:
-        rows = looks if row_stride == 1 else _slots(query, _power_of_two(largest_group), 1)
+        every_row = looks if row_stride == 1 else _slots(query, _power_of_two(largest_group), 1)
         usable = torch.empty((b, h), dtype=torch.int32, device=q.device)
         measured = Measured(mass.new_empty(looks.token.shape), usable)
         _sum_blocks(*tensors, scale, row_stride, config, measured)
         _judge_heads(measured, looks, ready, spread)
-        _renew_lse(q, k, lse, rows, keys, measured, scale, row_stride, config)
+        _renew_lse(q, k, lse, every_row, keys, measured, scale, row_stride, config)
         _sum_blocks(*tensors, scale, row_stride, config, measured, again=True)
-    if pieces != groups:
-        return torch.nn.functional.pad(_added(_added(sums, 2, groups[0]), 3, groups[1]), (0, 1, 0, 1)), spread
+    if pieces != looks.groups:
+        return torch.nn.functional.pad(_added(sums, looks.groups), (0, 1, 0, 1)), spread
     mass.select(2, -1).zero_()
     mass.select(3, -1).zero_()
     return mass, spread
@@ -146,9 +146,8 @@ def _sum_blocks(
     measured: Measured | None = None,
     again: bool = False,
 ) -> None:
-    """Write sums [B, H, pieces of query groups, pieces of key groups]; ``again``: of the heads that are not usable."""
+    """Write sums [B, H, pieces of query groups, key groups]; ``again``: of the heads that are not usable."""
     q_piece, q_pieces = looks.piece(config.block_m), looks.pieces(config.block_m)
-    k_piece, k_pieces = keys.piece(config.block_n), keys.pieces(config.block_n)
     launch(
         sum_blocks,
         (q.shape[0] * q.shape[1] * -(-q_pieces * q_piece // config.block_m),),
@@ -170,15 +169,15 @@ def _sum_blocks(
         q.shape[1],
         q.shape[1] // k.shape[1],
         q_pieces,
-        k_pieces,
+        keys.groups,
         row_stride,
         scale * LOG2_E,
         **_head_size(q),
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         Q_PIECE=q_piece,
-        K_PIECE=k_piece,
         PIECES_PER_GROUP=looks.per_group // q_piece,
+        K_SLOTS=keys.per_group,
         LARGEST_EXPONENT=LARGEST_EXPONENT,
         ONLY_READY=measured is not None and not again,
         ONLY_UNUSABLE=again,
@@ -256,12 +255,16 @@ def _power_of_two(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
-def _added(sums: Tensor, dim: int, groups: int) -> Tensor:
-    """Add the pieces of each group along a dimension, one after another: the order must not depend on other shapes."""
-    if sums.shape[dim] == groups:
-        return sums
-    parts: tuple[Tensor, ...] = sums.view(*sums.shape[:dim], groups, -1, *sums.shape[dim + 1 :]).unbind(dim + 1)
+def _added(sums: Tensor, groups: int) -> Tensor:
+    """Add the pieces of each query group, one after another: their order must not depend on other shapes."""
+    b, h, _, keys = sums.shape
+    parts: tuple[Tensor, ...] = sums.view(b, h, groups, -1, keys).unbind(3)
     total = parts[0]
     for part in parts[1:]:
         total = total + part
     return total
+
+
+def problem(dtype: torch.dtype, size: int) -> str:
+    """What a measurement of the configurations holds for."""
+    return f"{dtype}, {size}"

@@ -26,7 +26,7 @@ class Update(NamedTuple):
     stages: int
 
 
-_ASSIGN = {
+_ASSIGN: dict[int, tuple[Assign, ...]] = {
     80: (Assign(128, 32, 4, 2), Assign(64, 64, 4, 2), Assign(128, 64, 8, 2), Assign(64, 32, 4, 2)),
     89: (Assign(128, 32, 4, 2), Assign(64, 64, 4, 2), Assign(128, 64, 8, 2), Assign(64, 32, 4, 2)),
     90: (Assign(128, 64, 4, 2), Assign(128, 128, 8, 2), Assign(128, 64, 8, 3), Assign(64, 64, 4, 2)),
@@ -34,9 +34,14 @@ _ASSIGN = {
     120: (Assign(128, 32, 4, 2), Assign(64, 64, 4, 2), Assign(128, 64, 8, 2), Assign(64, 32, 4, 2)),
 }
 """For 16-bit tokens of up to 128 elements."""
-_ASSIGN_WIDE = (Assign(64, 32, 4, 2), Assign(64, 64, 8, 2), Assign(128, 32, 8, 2), Assign(32, 32, 4, 2))
+_ASSIGN_WIDE: tuple[Assign, ...] = (
+    Assign(64, 32, 4, 2),
+    Assign(64, 64, 8, 2),
+    Assign(128, 32, 8, 2),
+    Assign(32, 32, 4, 2),
+)
 """For 16-bit tokens of more elements."""
-_ASSIGN_FLOAT32 = (Assign(64, 32, 8, 2), Assign(32, 32, 4, 2), Assign(32, 16, 4, 2))
+_ASSIGN_FLOAT32: tuple[Assign, ...] = (Assign(64, 32, 8, 2), Assign(32, 32, 4, 2), Assign(32, 16, 4, 2))
 """For float32, whose products hold more in registers."""
 
 

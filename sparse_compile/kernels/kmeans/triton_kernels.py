@@ -208,8 +208,8 @@ def assign(
     The nearest has the least |c|^2 - 2 x.c, ties to the lowest index, CENTROIDS at a time with a running least. A token
     that is not countable gets 0.
 
-    moved: int32 [iterations + 1, problems]. A problem whose entry at ``iteration`` is 0 has not changed in the iteration
-    before and cannot change again: it is left as it is. The entry after is set to 1 where a label is not what
+    moved: int32 [iterations + 1, problems]. A problem whose entry at ``iteration`` is 0 has not changed in the
+    iteration before and cannot change again: it is left as it is. The entry after is set to 1 where a label is not what
     ``labels`` held. non_finite: int32 [1], to which the first iteration adds the valid tokens that are not countable.
     """
     q_blocks = tl.cdiv(q_tokens, POINTS)

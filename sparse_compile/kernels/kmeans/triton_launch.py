@@ -25,6 +25,7 @@ from sparse_compile.kernels.permutation.triton_launch import (
     stride_unit,
     workspace,
 )
+from sparse_compile.kernels.tuning import chosen
 
 ROLES = (0, 1)
 """Of queries and keys, in `one_of_each_stratum`."""
@@ -95,7 +96,8 @@ def cluster_both(
     """
     assert iterations > 0, "at least one iteration"
     device, size = device_of(q), q.shape[3]
-    assign = assign or configs.assign_candidates(device, q.dtype, size)[0]
+    rows = configs.assign_candidates(device, q.dtype, size)
+    assign = assign or chosen("kmeans", problem(q.dtype, size), rows, q)
     update = update or configs.update_candidates(device, q.dtype, size)[0]
     sides = (_side(q, q_centroids), _side(k, k_centroids))
     groups = (sides[0].groups, sides[1].groups)
@@ -125,15 +127,15 @@ def cluster_both(
         ROWS=ROWS_BEGUN,
         **_lanes(size),
     )
-    unit = stride_unit(sides[0].x, sides[1].x)
-    rows = (sides[0].x, sides[1].x)
-    numbers = (*_strides(rows, unit), *problems, *heads, *tokens, *clusters, *padded)
+    points = (sides[0].x, sides[1].x)
+    unit = stride_unit(*points)
+    numbers = (*_strides(points, unit), *problems, *heads, *tokens, *clusters, *padded)
     constants = {"UNIT": unit, **_lanes(size)}
     for iteration in range(iterations):
         launch(
             triton_kernels.assign,
             (sum(side.problems * blocks_of(side.tokens, assign.points) for side in sides),),
-            *(*rows, kinds, operand, norms, labels, moved, non_finite, *numbers, iteration),
+            *(*points, kinds, operand, norms, labels, moved, non_finite, *numbers, iteration),
             warps=assign.warps,
             stages=assign.stages,
             POINTS=assign.points,
@@ -145,7 +147,7 @@ def cluster_both(
         launch(
             triton_kernels.update,
             (sum(side.problems * side.clusters for side in sides),),
-            *(*rows, groups[0].order, groups[1].order, groups[0].offsets, groups[1].offsets),
+            *(*points, groups[0].order, groups[1].order, groups[0].offsets, groups[1].offsets),
             *(sides[0].means, sides[1].means, operand, norms, moved, *numbers, iteration),
             warps=update.warps,
             stages=update.stages,
@@ -236,3 +238,8 @@ def _strides(tensors: tuple[Tensor, ...], unit: int) -> tuple[int, ...]:
 
 def _lanes(size: int) -> dict[str, int]:
     return {"D": size, "D_PAD": lanes(size)}
+
+
+def problem(dtype: torch.dtype, size: int) -> str:
+    """What a measurement of the configurations holds for."""
+    return f"{dtype}, {size}"

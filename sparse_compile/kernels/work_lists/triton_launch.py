@@ -14,6 +14,7 @@ from sparse_compile.plan import Plan
 LONGEST_SEQUENCE = 2**23
 """Keys that the packing of a piece can number."""
 GROUPS_AT_ONCE = 1024
+GROUPS_OF_WARP = 128
 TILES_AT_ONCE = 16
 
 
@@ -95,7 +96,7 @@ def work_lists(plan: Plan, queries: int, keys: int, tiling: Tiling) -> WorkLists
         PIECE=tiling.piece,
         PER_CHUNK=tiling.pieces_per_chunk,
         GROUPS=groups_at_once,
-        warps=4,
+        warps=max(1, groups_at_once // GROUPS_OF_WARP),
         stages=1,
     )
     tiles, n_tiles = _tiles(plan.q_offsets.contiguous(), counts, queries, tiling.block_q)
