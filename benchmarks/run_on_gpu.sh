@@ -1,20 +1,24 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one go, on a machine with torch (CUDA), triton and pytest. Nothing is installed.
 #
-#     benchmarks/run_on_gpu.sh [tests] [sanitizer] [kernels] [step]      (without arguments: all, in this order)
+#     benchmarks/run_on_gpu.sh [tests] [sanitizer] [tune] [kernels] [step]
+#
+# Without arguments: all but tune, in this order. After tune, which keeps its choices in Triton's cache, the benchmarks
+# measure the configurations that were best on this GPU; without it the first ones of the tables.
 #
 # Results are written to $OUT where it is set, else to benchmarks/results: gpu_kernels.json and gpu_step.json row by row,
-# tests.xml, and the output of each part as <part>.txt. A part that fails, or runs out of its time, does not keep the next
-# one from running; the exit status is 1 then. Variables: PYTHON, OUT; SECONDS_TESTS, SECONDS_SANITIZER, SECONDS_KERNELS
-# and SECONDS_STEP limit the parts (each alone fits ten minutes by default); KERNELS_ARGS and STEP_ARGS are passed on to the benchmarks.
+# tests.xml, and the output of each part as <part>.txt. A part that fails, or runs out of its time, does not keep the
+# next one from running; the exit status is 1 then. Variables: PYTHON; OUT; SECONDS_TESTS, SECONDS_SANITIZER,
+# SECONDS_TUNE, SECONDS_KERNELS and SECONDS_STEP limit the parts, each to less than ten minutes by default; KERNELS_ARGS
+# and STEP_ARGS are passed on to the benchmarks.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 2
 
 PYTHON=${PYTHON:-python3}
 results=${OUT:-benchmarks/results}
-known="tests sanitizer kernels step"
+known="tests sanitizer tune kernels step"
 parts=("$@")
-[ ${#parts[@]} -eq 0 ] && read -r -a parts <<<"$known"
+[ ${#parts[@]} -eq 0 ] && parts=(tests sanitizer kernels step)
 for part in "${parts[@]}"; do
   case " $known " in
   *" $part "*) ;;
@@ -101,6 +105,9 @@ for part in "${parts[@]}"; do
     else
       echo "=== sanitizer: compute-sanitizer is not there"
     fi
+    ;;
+  tune)
+    run tune "${SECONDS_TUNE:-300}" "$PYTHON" -m sparse_compile.cli.main tune
     ;;
   kernels)
     # shellcheck disable=SC2086 # several arguments

@@ -32,14 +32,24 @@ def device() -> str:
 
 
 def _mend_interpreter() -> None:
-    """Two defects of Triton's interpreter, mended here so that kernels stay as they are.
+    """Two defects of Triton's interpreter, mended here so that kernels stay as they are, and a waste of time.
 
     Loop bounds become ints through an array of one element, which NumPy 2.4 refuses; and values in bfloat16 are kept as
-    bit patterns, which ``tl.dot`` multiplies as integers.
+    bit patterns, which ``tl.dot`` multiplies as integers. And each call of a function looks through the whole language
+    for what is not patched yet.
     """
     import triton.language as tl
     from triton.runtime import interpreter
 
+    patch_language = interpreter._patch_lang
+
+    def patch_once(function: Any) -> Any:
+        """A function called by a kernel mostly finds the language patched by the kernel."""
+        seen = [value for value in function.__globals__.values() if value is tl or value is tl.core]
+        patched = not any(tl.core.is_builtin(language.arange) for language in seen)
+        return interpreter._LangPatchScope() if patched else patch_language(function)
+
+    interpreter._patch_lang = patch_once
     patch_tensor, dot = interpreter._patch_lang_tensor, interpreter.InterpreterBuilder.create_dot
 
     def patched(tensor: Any, scope: Any) -> None:

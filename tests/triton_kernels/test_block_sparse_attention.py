@@ -11,9 +11,9 @@ from plan_placement import moved, moved_pooled
 from torch import Tensor
 
 from sparse_compile.error_budget import nan_filled_empty
+from sparse_compile.kernels.block_sparse_attention import head_slices as module
 from sparse_compile.kernels.block_sparse_attention import reference, triton_launch
 from sparse_compile.kernels.block_sparse_attention.configs import AttentionConfig
-from sparse_compile.kernels.block_sparse_attention import head_slices as module
 from sparse_compile.kernels.block_sparse_attention.head_slices import head_slices
 from sparse_compile.kernels.pooled_keys.reference import pooled_keys
 from sparse_compile.kernels.work_lists.triton_launch import Tiling

@@ -222,7 +222,7 @@ def keep_top_p(
     row_size = tl.load(q_offsets + batch_head * (rows + 1) + row + 1) - q_start
     whole = (tl.load(ready) == 0) | (row == queries)
     chosen = cluster
-    if RULE != "all":  # noqa: SIM102 - decided when the kernel is compiled, unlike the next
+    if RULE != "all":  # decided when the kernel is compiled, unlike the next
         if (row < queries) & (row_size > 0) & (whole == 0):  # text, padding and empty groups have nothing to choose
             score = tl.zeros([LANES], tl.float32)
             rank = score
