@@ -4,7 +4,7 @@
         [--architectures 80,90] [--sizes 64,128] [--dtypes bf16,fp32] [--jobs 2]
 
 Checked: shared memory within the limit; for float16 and bfloat16 with head sizes up to 128 no spilled register, and the
-matrix instruction of the architecture wherever a kernel multiplies 16-bit tiles. What the file of --known holds for these
+matrix instruction of the architecture wherever a kernel multiplies 16-bit tiles. What --known names and holds for these
 very sources is not compiled again. Exit status 1 if a rule is broken.
 """
 

@@ -8,31 +8,20 @@ from sparse_compile.plan import Plan
 
 
 def tile_fill_of(q: Tensor, k: Tensor, v: Tensor, plan: Plan, kernel: str) -> float | None:
-    """Useful pairs over computed lanes by this plan, for the tiles that the Triton kernel chooses.
-
-    None for another kernel, and where its parts are not as they are known here.
-    """
+    """Useful pairs over computed lanes by this plan, for the tiles that the Triton kernel chooses; None for another."""
     if kernel != "triton":
         return None
-    try:
-        from sparse_compile.kernels.block_sparse_attention import triton_launch as attention
-        from sparse_compile.kernels.work_lists.triton_launch import tile_fill, work_lists
+    from sparse_compile.kernels.block_sparse_attention.triton_launch import configured
+    from sparse_compile.kernels.work_lists.triton_launch import tile_fill, work_lists
 
-        config = attention.choose(q, k, v, plan)
-        tiling = config.tiling(ragged=attention._is_ragged(k, plan, config))
-        lists = work_lists(plan, q.shape[2], k.shape[2], tiling)
-        return float(tile_fill(plan, lists, tiling))
-    except (ImportError, AttributeError, TypeError):
-        return None
+    _, tiling = configured(q, k, v, plan)
+    return float(tile_fill(plan, work_lists(plan, q.shape[2], k.shape[2], tiling), tiling))
 
 
 def tiles_of(q: Tensor, k: Tensor, v: Tensor, plan: Plan, kernel: str) -> str | None:
-    """The configuration that the Triton kernel chooses, as text; None as above."""
+    """The configuration that the Triton kernel chooses, as text; None for another kernel."""
     if kernel != "triton":
         return None
-    try:
-        from sparse_compile.kernels.block_sparse_attention import triton_launch as attention
+    from sparse_compile.kernels.block_sparse_attention.triton_launch import configured
 
-        return str(attention.choose(q, k, v, plan))
-    except (ImportError, AttributeError, TypeError):
-        return None
+    return str(configured(q, k, v, plan)[0])

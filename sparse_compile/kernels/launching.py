@@ -158,6 +158,8 @@ def _stand_in(argument: object) -> object:
 
 @functools.cache
 def _cuda_device(index: int) -> Device:
-    properties = torch.cuda.get_device_properties(index)
-    architecture = properties.major * 10 + properties.minor
-    return Device(architecture, properties.multi_processor_count, properties.shared_memory_per_block_optin)
+    from triton.runtime import driver
+
+    properties = driver.active.utils.get_device_properties(index)
+    major, minor = torch.cuda.get_device_capability(index)
+    return Device(major * 10 + minor, properties["multiprocessor_count"], properties["max_shared_mem"])

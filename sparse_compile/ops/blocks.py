@@ -181,14 +181,17 @@ def _plan_top_k(
     """
     from sparse_compile.kernels.block_map import top_k_reference
 
+    sides = (q_offsets, q_is_video, k_offsets, k_is_video)
     if implementation(kernel) == "triton":
         from sparse_compile.kernels.block_map import triton_launch
 
-        plan = triton_launch.plan_top_k
+        kept, recall, counts = triton_launch.plan_top_k(
+            mass, *sides, sparsity, head_adaptive, rank_by, padded_queries_attend, seed
+        )
     else:
-        plan = top_k_reference.plan_top_k
-    sides = (q_offsets, q_is_video, k_offsets, k_is_video)
-    kept, recall, counts = plan(mass, *sides, sparsity, head_adaptive, rank_by, padded_queries_attend, seed)
+        kept, recall, counts = top_k_reference.plan_top_k(
+            mass, *sides, sparsity, head_adaptive, rank_by, padded_queries_attend, seed
+        )
     keep.copy_(kept)
     ready.fill_(1)
     return recall, counts

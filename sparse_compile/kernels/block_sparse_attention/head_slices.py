@@ -47,7 +47,8 @@ class HeadSlice(NamedTuple):
         if pooled is None:
             return None
         coupling = None if pooled.coupling is None else self.of_keys(pooled.coupling)
-        return PooledKeys(*(self.of_keys(x) for x in (pooled.mean_k, pooled.mean_v, pooled.log_size)), coupling)
+        mean_k, mean_v, log_size = (self.of_keys(x) for x in (pooled.mean_k, pooled.mean_v, pooled.log_size))
+        return PooledKeys(mean_k, mean_v, log_size, coupling)
 
 
 def head_slices(q: Tensor, k: Tensor, v: Tensor, plan: Plan, tiling: Tiling) -> Iterator[HeadSlice]:

@@ -22,8 +22,9 @@ SMALLEST_SCALE = 1e-30
 """Stands for a scale of 0, which times -inf would be NaN."""
 POOLED_AT_ONCE = 32
 """Pooled keys of a chunk: few, so that their loop needs no more registers than the one over keys."""
-WHOLE_BLOCKS = 0.75
-"""Mean tokens of key groups in place, as a share of a chunk, from which a chunk is a piece of its own."""
+WHOLE_BLOCK, LARGE_GROUP = 0.75, 8
+"""Mean keys of a group, in chunks, from which a chunk is one piece rather than several short ones: blocks in place, all
+of one size; and groups of any size, of which the last chunk is half empty."""
 
 
 def attention(
@@ -50,10 +51,7 @@ def attention(
     kept_keys = torch.empty(plan.keep.shape[:3], dtype=torch.int32, device=q.device)
     if pooled is not None:
         pooled = pooled_for_products(pooled, q.dtype)
-    config = config or choose(q, k, v, plan)
-    tiling = config.tiling(ragged=_is_ragged(k, plan, config))
-    if tiling.piece != config.block_k or not fits_descriptor(k) or not fits_descriptor(v):
-        config = config._replace(descriptors=False)
+    config, tiling = configured(q, k, v, plan, config)
     for part in head_slices(q, k, v, plan, tiling):
         _attend(
             part.of_queries(q),
@@ -98,14 +96,30 @@ def attention_with_lse(
     lse.copy_(attention(q, k, v, Plan(*query, *key, keep), None, scale, out)[0])
 
 
-def choose(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> AttentionConfig:
-    """The configuration of a call, from shapes alone."""
-    mean_row = q.shape[2] / max(1, plan.keep.shape[2] - 1)
-    size, ragged = max(q.shape[3], v.shape[3]), plan.k_order is not None
-    rows = candidates(device_of(q), q.dtype, size, ragged=ragged, mean_row=mean_row)
-    return chosen(
-        "block_sparse_attention", problem(q.dtype, size, ragged=ragged, most_queries=rows[0].block_q), rows, q
-    )
+def configured(
+    q: Tensor, k: Tensor, v: Tensor, plan: Plan, config: AttentionConfig | None = None
+) -> tuple[AttentionConfig, Tiling]:
+    """The configuration of a call and how it cuts the plan, from shapes alone.
+
+    Args:
+        q: [B, H, Sq, D].
+        k: [B, Hkv, Sk, D].
+        v: [B, Hkv, Sk, Dv].
+        plan: only its shapes are read.
+        config: use this one, without TMA where that cannot be.
+    """
+    ordered = plan.k_order is not None
+    if config is None:
+        mean_row = q.shape[2] / max(1, plan.keep.shape[2] - 1)
+        size = max(q.shape[3], v.shape[3])
+        rows = candidates(device_of(q), q.dtype, size, ragged=ordered, mean_row=mean_row)
+        named = problem(q.dtype, size, ragged=ordered, most_queries=rows[0].block_q)
+        config = chosen("block_sparse_attention", named, rows, q)
+    mean_group = k.shape[2] / max(1, plan.key_groups - 1)
+    ragged = mean_group < config.block_k * (LARGE_GROUP if ordered else WHOLE_BLOCK)
+    if ragged or ordered or not fits_descriptor(k) or not fits_descriptor(v):
+        config = config._replace(descriptors=False)
+    return config, config.tiling(ragged=ragged)
 
 
 def problem(dtype: torch.dtype, size: int, *, ragged: bool, most_queries: int) -> str:
@@ -116,14 +130,8 @@ def problem(dtype: torch.dtype, size: int, *, ragged: bool, most_queries: int) -
 def pooled_for_products(pooled: PooledKeys, dtype: torch.dtype) -> PooledKeys:
     """Means in the dtype of the products that they enter; all contiguous."""
     coupling = None if pooled.coupling is None else pooled.coupling.contiguous()
-    means = (x.to(dtype).contiguous() for x in (pooled.mean_k, pooled.mean_v))
-    return PooledKeys(*means, pooled.log_size.contiguous(), coupling)
-
-
-def _is_ragged(k: Tensor, plan: Plan, config: AttentionConfig) -> bool:
-    """Whether chunks are packed from short pieces, rather than one block of keys in place each."""
-    mean_group = k.shape[2] / max(1, plan.key_groups - 1)
-    return plan.k_order is not None or mean_group < WHOLE_BLOCKS * config.block_k
+    mean_k, mean_v = (x.to(dtype).contiguous() for x in (pooled.mean_k, pooled.mean_v))
+    return PooledKeys(mean_k, mean_v, pooled.log_size.contiguous(), coupling)
 
 
 def _attend(
