@@ -6,6 +6,9 @@ import pytest
 import torch
 from kernel_oracles import IMPLEMENTATIONS, OPS, random_tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sparse_compile.kernels.token_blocks import reference
 
 each_kernel = pytest.mark.parametrize("kernel", IMPLEMENTATIONS)
 
@@ -133,3 +136,24 @@ def test_the_body_reads_no_value_on_the_host(masks):
     with FakeTensorMode() as mode:
         fakes = blocks._token_blocks(*(mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in args))
     assert [x.shape for x in fakes] == [x.shape for x in blocks._token_blocks(*args)]
+
+
+class _Names(TorchDispatchMode):
+    """The names of all ops that are called inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.add(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_no_number_is_copied_from_the_host(masked: bool) -> None:
+    """On a GPU ``x[-1] = n`` copies from pageable memory: it waits, and a CUDA graph cannot capture it."""
+    valid = torch.ones(1, 40, dtype=torch.bool) if masked else None
+    with _Names() as names:
+        reference.token_blocks(torch.zeros(1, 2, 40, 8), valid, [0, 30], 16)
+    assert names.seen and not {"aten::copy_", "aten::lift_fresh"} & names.seen

@@ -45,6 +45,16 @@ def _rows(
 
 
 @triton.jit
+def _pieces_of(pieces, chunk, BLOCK_K: tl.constexpr, PIECE: tl.constexpr):
+    """The piece that each key lane of a chunk belongs to, or the one piece of the chunk."""
+    if PIECE == BLOCK_K:
+        piece = tl.load(pieces + chunk)
+    else:
+        piece = tl.load(pieces + chunk * (BLOCK_K // PIECE) + tl.arange(0, BLOCK_K) // PIECE)
+    return piece
+
+
+@triton.jit
 def _attend_chunk(
     q,
     k,
@@ -53,8 +63,7 @@ def _attend_chunk(
     v_stride,
     batch,
     key_head,
-    pieces,
-    chunk,
+    piece,
     m,
     total,
     acc,
@@ -72,15 +81,9 @@ def _attend_chunk(
     PRECISION: tl.constexpr,
 ):
     """Add a chunk of keys to the running softmax. MASKED: pieces may be short, the lanes behind them are others'."""
-    lane = tl.arange(0, BLOCK_K)
-    if PIECE == BLOCK_K:
-        piece = tl.load(pieces + chunk)
-        live = lane < (piece & 255)
-        place = (piece >> 8) + lane
-    else:
-        piece = tl.load(pieces + chunk * (BLOCK_K // PIECE) + lane // PIECE)
-        live = (lane % PIECE) < (piece & 255)
-        place = (piece >> 8) + lane % PIECE
+    lane = tl.arange(0, BLOCK_K) % PIECE
+    live = lane < (piece & 255)
+    place = (piece >> 8) + lane
     if TMA:
         k_tile = k.load([batch, key_head, piece >> 8, 0]).reshape([BLOCK_K, D_PAD])
     else:
@@ -251,16 +254,22 @@ def attend_tiles(
         m = tl.full([BLOCK_Q], float("-inf"), tl.float32)
         total = tl.zeros([BLOCK_Q], tl.float32)
         acc = tl.zeros([BLOCK_Q, DV_PAD], tl.float32)
+        # Pieces are loaded a chunk ahead, so that loads of keys depend on nothing that is still under way.
+        piece = _pieces_of(own, 0, BLOCK_K, PIECE)
         for chunk in tl.range(0, whole_chunks):
+            following = _pieces_of(own, chunk + 1, BLOCK_K, PIECE)
             m, total, acc = _attend_chunk(
-                q_tile, k_base, v_base, k_token, v_token, batch, key_head, own, chunk, m, total, acc, to_base_2,
+                q_tile, k_base, v_base, k_token, v_token, batch, key_head, piece, m, total, acc, to_base_2,
                 BLOCK_K, PIECE, D, D_PAD, DV, DV_PAD, FLIP, TMA, WIDE, False, PRECISION,
             )  # fmt: skip
+            piece = following
         for chunk in tl.range(whole_chunks, chunks):
+            following = _pieces_of(own, chunk + 1, BLOCK_K, PIECE)
             m, total, acc = _attend_chunk(
-                q_tile, k_base, v_base, k_token, v_token, batch, key_head, own, chunk, m, total, acc, to_base_2,
+                q_tile, k_base, v_base, k_token, v_token, batch, key_head, piece, m, total, acc, to_base_2,
                 BLOCK_K, PIECE, D, D_PAD, DV, DV_PAD, FLIP, TMA, WIDE, True, PRECISION,
             )  # fmt: skip
+            piece = following
         if POOLED:
             pooled_head = (head_of_all // shared).to(tl.int64)
             m, total, acc, share, passed = _attend_pooled(

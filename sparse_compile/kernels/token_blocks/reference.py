@@ -37,7 +37,7 @@ def token_blocks(x: Tensor, valid: Tensor | None, video: list[int], block: int) 
     is_video = torch.nn.functional.pad(is_video, (0, 1))
     if valid is None:
         offsets = torch.nn.functional.pad(stops, (1, 1))
-        offsets[-1] = tokens
+        offsets.narrow(0, -1, 1).fill_(tokens)  # assigning to one element would copy a number from the host
         return x.new_empty((batches, heads, 0), dtype=torch.int32), _for_heads(offsets, batches, heads), is_video
     position = torch.arange(tokens, dtype=torch.int32, device=x.device)
     own = torch.searchsorted(stops, position, right=True)

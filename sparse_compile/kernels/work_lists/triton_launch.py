@@ -129,9 +129,12 @@ def _tiles(q_offsets: Tensor, counts: Tensor, queries: int, block_q: int) -> tup
 
 
 def piece_capacity(keys: int, groups: int, tiling: Tiling) -> int:
-    """Most pieces of a row, in whole chunks: each run adds one short piece, and runs do not touch."""
+    """Most pieces of a row, in whole chunks, and one chunk more, which a kernel may load but not use.
+
+    Each run adds one short piece, and runs do not touch.
+    """
     most = keys // tiling.piece + (groups + 1) // 2
-    return -(-most // tiling.pieces_per_chunk) * tiling.pieces_per_chunk
+    return (-(-most // tiling.pieces_per_chunk) + 1) * tiling.pieces_per_chunk
 
 
 def density(plan: Plan, kept_keys: Tensor) -> Tensor:
