@@ -35,7 +35,8 @@ ONE_MODEL_OF_EACH_PHASE = [(method, phase) for method, phases in PHASES.items() 
 class OnCuda(fx.Interpreter):
     """Runs a graph that was captured on the CPU as one of a GPU; keeps what the package's ops return.
 
-    Indexing is spelt by operators: Python's own, on a CUDA tensor, needs a torch that was built for CUDA.
+    What Python itself does with a CUDA tensor (indexing, `to`, `contiguous`) needs a torch that was built for CUDA, and is
+    spelt by operators here.
     """
 
     def __init__(self, graph_module: fx.GraphModule) -> None:
@@ -52,11 +53,16 @@ class OnCuda(fx.Interpreter):
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if target is operator.getitem and isinstance(args[0], Tensor):
             return indexed(*args)
+        if target is operator.setitem:
+            place = indexed(*args[:2])
+            return (torch.ops.aten.copy_ if isinstance(args[2], Tensor) else torch.ops.aten.fill_)(place, args[2])
         return super().call_function(target, _on_cuda(args), _on_cuda(kwargs))
 
     def call_method(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if target == "to" and args[1:] == (torch.device("cpu"),):
             return args[0]
+        if target == "contiguous":
+            return torch.ops.aten.contiguous(*args)
         return super().call_method(target, _on_cuda(args), _on_cuda(kwargs))
 
 

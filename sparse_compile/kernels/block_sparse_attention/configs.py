@@ -54,7 +54,7 @@ _POINTERS: dict[int, dict[int, tuple[AttentionConfig, ...]]] = {
         256: (AttentionConfig(64, 64, 8, 2),),
     },
     100: {
-        64: (AttentionConfig(128, 64, 8, 3), AttentionConfig(64, 64, 4, 3)),
+        64: (AttentionConfig(128, 64, 8, 3), AttentionConfig(64, 64, 4, 2)),
         128: (AttentionConfig(128, 64, 8, 3), AttentionConfig(64, 64, 4, 3)),
         256: (AttentionConfig(64, 32, 8, 2),),
     },

@@ -10,14 +10,14 @@ LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def _softmax_step(scores, m, total):
+def _softmax_step(scores, to_base_2, m, total):
     """One step in base 2: weights, the factor on what was summed before, and the new maximum and total.
 
-    A row without a finite maximum keeps -inf without making NaN. A NaN score makes the weight and the total NaN.
+    ``to_base_2`` is positive; it meets the scores in one multiply-add beside the exponential. A row without a finite maximum keeps -inf without making NaN. A NaN score makes the weight and the total NaN.
     """
-    m_new = tl.maximum(m, tl.max(scores, 1))
+    m_new = tl.maximum(m, tl.max(scores, 1) * to_base_2)
     safe = tl.where(m_new == float("-inf"), 0.0, m_new)
-    weights = tl.math.exp2(scores - safe[:, None])
+    weights = tl.math.exp2(scores * to_base_2 - safe[:, None])
     rescale = tl.math.exp2(m - safe)
     return weights, rescale, m_new, total * rescale + tl.sum(weights, 1)
 
@@ -88,12 +88,12 @@ def _attend_chunk(
         k_tile = k.load([batch, key_head, piece >> 8, 0]).reshape([BLOCK_K, D_PAD])
     else:
         k_tile = _rows(k, place, k_stride, tl.arange(0, D_PAD), live, D, D_PAD, WIDE, MASKED)
-    scores = tl.dot(q, tl.trans(k_tile), input_precision=PRECISION) * to_base_2  # [BLOCK_Q, BLOCK_K]
+    scores = tl.dot(q, tl.trans(k_tile), input_precision=PRECISION)  # [BLOCK_Q, BLOCK_K]
     if FLIP:
         scores = -scores
     if MASKED:
         scores = tl.where(live[None, :], scores, float("-inf"))
-    weights, rescale, m, total = _softmax_step(scores, m, total)
+    weights, rescale, m, total = _softmax_step(scores, to_base_2, m, total)
     if TMA:
         v_tile = v.load([batch, key_head, piece >> 8, 0]).reshape([BLOCK_K, DV_PAD])
         if MASKED:
@@ -142,7 +142,7 @@ def _attend_pooled(
         if FLIP:
             scores = -scores
         scores = tl.where(passed[None, :], scores + (size / LN_2)[None, :], float("-inf"))
-        weights, rescale, m, total = _softmax_step(scores, m, total)
+        weights, rescale, m, total = _softmax_step(scores, 1.0, m, total)
         share = share * rescale + tl.sum(weights, 1)
         acc = tl.dot(weights.to(v_tile.dtype), v_tile, acc * rescale[:, None], input_precision=PRECISION)
         passed_groups += tl.sum(passed.to(tl.int32), 0)
@@ -254,22 +254,32 @@ def attend_tiles(
         m = tl.full([BLOCK_Q], float("-inf"), tl.float32)
         total = tl.zeros([BLOCK_Q], tl.float32)
         acc = tl.zeros([BLOCK_Q, DV_PAD], tl.float32)
-        # Pieces are loaded a chunk ahead, so that loads of keys depend on nothing that is still under way.
+        # Short pieces are loaded a chunk ahead, so that loads of keys depend on nothing that is still under way. One
+        # number a chunk needs no such care, and on sm_100 Triton 3.9 cannot schedule it.
+        AHEAD: tl.constexpr = PIECE < BLOCK_K
         piece = _pieces_of(own, 0, BLOCK_K, PIECE)
         for chunk in tl.range(0, whole_chunks):
-            following = _pieces_of(own, chunk + 1, BLOCK_K, PIECE)
+            if AHEAD:
+                following = _pieces_of(own, chunk + 1, BLOCK_K, PIECE)
+            else:
+                piece = _pieces_of(own, chunk, BLOCK_K, PIECE)
             m, total, acc = _attend_chunk(
                 q_tile, k_base, v_base, k_token, v_token, batch, key_head, piece, m, total, acc, to_base_2,
                 BLOCK_K, PIECE, D, D_PAD, DV, DV_PAD, FLIP, TMA, WIDE, False, PRECISION,
             )  # fmt: skip
-            piece = following
+            if AHEAD:
+                piece = following
         for chunk in tl.range(whole_chunks, chunks):
-            following = _pieces_of(own, chunk + 1, BLOCK_K, PIECE)
+            if AHEAD:
+                following = _pieces_of(own, chunk + 1, BLOCK_K, PIECE)
+            else:
+                piece = _pieces_of(own, chunk, BLOCK_K, PIECE)
             m, total, acc = _attend_chunk(
                 q_tile, k_base, v_base, k_token, v_token, batch, key_head, piece, m, total, acc, to_base_2,
                 BLOCK_K, PIECE, D, D_PAD, DV, DV_PAD, FLIP, TMA, WIDE, True, PRECISION,
             )  # fmt: skip
-            piece = following
+            if AHEAD:
+                piece = following
         if POOLED:
             pooled_head = (head_of_all // shared).to(tl.int64)
             m, total, acc, share, passed = _attend_pooled(
