@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import functools
 import hashlib
-import itertools
 import json
 import multiprocessing
 import re
@@ -33,6 +32,8 @@ MATRIX_INSTRUCTION = {80: "mma.sync", 89: "mma.sync", 90: "wgmma", 100: "tcgen05
 MULTIPLIES_16_BIT = ("attend_tiles", "assign", "sum_blocks", "renew_lse")
 """Kernels whose products take tiles of q and k as they are."""
 COMPILED_FROM = ("triton_kernels.py", "triton_launch.py", "configs.py", "launching.py", "shipped.py")
+SIZES = {"bf16": (64, 128, 256), "fp16": (128,), "fp32": (128, 256)}
+"""Head sizes that are compiled; those between are padded to them."""
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 Row = dict[str, Any]
 
@@ -45,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--known", type=Path, default=None, help="results that need not be made again (default: --json)"
     )
     parser.add_argument("--architectures", default="80,89,90,100,120")
-    parser.add_argument("--sizes", default="64,128", help="head sizes")
+    parser.add_argument("--sizes", default="64,128,256", help="head sizes")
     parser.add_argument("--dtypes", default="bf16,fp16,fp32")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--markdown", action="store_true", help="print the table of docs/kernels.md")
@@ -54,11 +55,13 @@ def main(arguments: list[str] | None = None) -> int:
     before = chosen.known or chosen.json
     if before is not None and before.exists():
         known = json.loads(before.read_text())["compiled"]
-    wanted = list(
-        itertools.product(
-            map(int, chosen.architectures.split(",")), chosen.dtypes.split(","), map(int, chosen.sizes.split(","))
-        )
-    )
+    wanted = [
+        (architecture, dtype, size)
+        for architecture in map(int, chosen.architectures.split(","))
+        for dtype in chosen.dtypes.split(",")
+        for size in SIZES[dtype]
+        if str(size) in chosen.sizes.split(",")
+    ]
     missing = [problem for problem in wanted if key_of(*problem) not in known]
     with multiprocessing.get_context("spawn").Pool(chosen.jobs, maxtasksperchild=1) as pool:
         for problem, rows in pool.imap_unordered(compile_problem, missing, chunksize=1):
@@ -75,7 +78,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def compile_problem(problem: tuple[int, str, int]) -> tuple[tuple[int, str, int], list[Row]]:
-    """All that ships for one GPU, dtype and head size: each configuration for bf16, the best ones for the others."""
+    """What ships for one GPU, dtype and head size: every configuration for bf16 up to D 128, else the best ones."""
     from sparse_compile.kernels.launching import ARCHITECTURES, compiled_ahead
     from sparse_compile.kernels.shipped import shipped
 
@@ -85,7 +88,7 @@ def compile_problem(problem: tuple[int, str, int]) -> tuple[tuple[int, str, int]
     for call in shipped(ARCHITECTURES[architecture], DTYPES[dtype], size):
         first = (call.kernel, call.problem) not in seen
         seen.add((call.kernel, call.problem))
-        if not first and dtype != "bf16":
+        if not first and (dtype != "bf16" or size > 128):
             continue
         with compiled_ahead(architecture) as compilations:
             call.run()
@@ -183,18 +186,25 @@ def describe(row: Row) -> str:
 
 
 def markdown(rows: list[Row]) -> str:
-    """The best configuration of the attention kernel, and whatever spills."""
-    lines = [
-        "| GPU | kernel | for | dtype, D | configuration | registers | spilled | shared KiB |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    """The attention kernel as it is used, in bf16 with pooled keys and coupling; and whatever spills."""
+    lines = ["| GPU | D | plan | queries, keys, warps, stages | registers | shared KiB |", "|---|---|---|---|---|---|"]
+    seen = set()
     for row in rows:
-        if row["kernel"] == "attend_tiles" or row["spilled_bytes"]:
-            lines.append(
-                f"| sm_{row['architecture']} | {row['kernel']} | {row['for']} | {row['dtype']}, {row['size']} |"
-                f" {', '.join(map(str, row['config']))} | {row['registers']} | {row['spilled_bytes']} |"
-                f" {row['shared_bytes'] / 1024:.0f} |"
-            )
+        plan, _, tail = row["for"].partition(", ")
+        place = row["architecture"], row["size"], plan
+        if row["kernel"] != "attend_tiles" or tail != "coupled" or row["dtype"] != "bf16" or place in seen:
+            continue
+        seen.add(place)
+        sizes = ", ".join(map(str, row["config"][:4])) + (", TMA" if row["tma"] else "")
+        shared = f"{row['shared_bytes'] / 1024:.0f}"
+        lines.append(f"| sm_{place[0]} | {place[1]} | {plan} | {sizes} | {row['registers']} | {shared} |")
+    lines += ["", "| spills: kernel | dtype, D | bytes |", "|---|---|---|"]
+    spilled: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        if row["spilled_bytes"]:
+            of = spilled.setdefault((row["kernel"], f"{row['dtype']}, {row['size']}"), [])
+            of.append(f"{row['spilled_bytes']} on sm_{row['architecture']}")
+    lines += [f"| {kernel} | {problem} | {'; '.join(of)} |" for (kernel, problem), of in sorted(spilled.items())]
     return "\n".join(lines)
 
 

@@ -12,6 +12,9 @@ row failed.
     efficiency    = density / (sparse time / dense time): 1 where a skipped pair costs nothing
     routing_share = (warm k-means + top-p plan + pooled keys + kept mass) / dense time: of each sparse call of SVG2
     search_share  = (block mass with a kept log-sum-exp + top-k plan) / dense time: of each refining call of AdaSpa
+    workspace_share = most memory that an attention call holds beside operands and results / (q, k, v and out)
+
+Warm k-means begins at the centroids of a search, moved by noise, as the operands of a model move from step to step.
 """
 
 from __future__ import annotations
@@ -126,8 +129,11 @@ def measure_attention(case: Case, settings: Settings, fastest: dict[str, list[st
         if row["tile_fill"]:
             row["efficiency_of_lanes"] = row["efficiency"] / row["tile_fill"]
     row["useful_tflops"] = density * shape.dense_flops / row["sparse_ms"] / 1e9
-    row["extra_bytes"] = extra = peak_extra_bytes(calls["sparse_none"], settings.device)
-    row["extra_share"] = None if extra is None else extra / (4 * q.numel() * q.element_size())
+    extra = peak_extra_bytes(calls["sparse_coupled"], settings.device)
+    if extra is not None:
+        operands = 4 * q.numel() * q.element_size()
+        row["workspace_bytes"] = extra - operands // 4 - q[..., 0].numel() * torch.float32.itemsize
+        row["workspace_share"] = row["workspace_bytes"] / operands
 
 
 def measure_ops(case: Case, settings: Settings, row: Row) -> None:
@@ -136,6 +142,7 @@ def measure_ops(case: Case, settings: Settings, row: Row) -> None:
     q, k, v = clustered_operands(shape, settings.device, settings.dtype)
     site = Site(shape, (q, k, v), settings.kernel)
     clusters = site.kmeans(restart=True)
+    site.keep_centroids()
     plan = site.plan_top_p(clusters, density)
     pooled = site.pooled_keys(plan)
     attended = site.attention(plan, pooled)
@@ -162,13 +169,13 @@ def measure_ops(case: Case, settings: Settings, row: Row) -> None:
     running, row["refused"] = dense_rivals(q, k, v, shape.scale)
     calls = {
         "kmeans_restart": Call(lambda: site.kmeans(restart=True)),
-        "kmeans_warm": Call(lambda: site.kmeans(restart=False)),
+        "kmeans_warm": Call(lambda: site.kmeans(restart=False), site.restore_centroids),
         "plan_top_p": Call(lambda: site.plan_top_p(clusters, density)),
         "pooled_keys": Call(lambda: site.pooled_keys(plan)),
         "kept_mass": Call(lambda: site.kept_mass(plan)),
         "sparse_none": Call(lambda: site.attention(plan)),
         "sparse_coupled": Call(lambda: site.attention(plan, pooled)),
-        "svg2_call": Call(lambda: site.svg2_call(density)),
+        "svg2_call": Call(lambda: site.svg2_call(density), site.restore_centroids),
         "attention_with_lse": Call(site.attention_with_lse),
         "block_mass_fresh": Call(lambda: site.block_mass(fresh=True)),
         "block_mass_kept": Call(lambda: site.block_mass(fresh=False)),
@@ -212,7 +219,7 @@ def describe(row: Row) -> str:
 
     columns = [number("density", ".3f"), number("sparse_ms", "8.2f"), number("dense_ms", "8.2f")]
     columns += [str(row.get("dense", "no dense kernel")), number("speedup", ".2f"), number("efficiency", ".3f")]
-    columns += [number("tile_fill", ".2f"), number("extra_share", ".2f"), f"runs {row['runs']}"]
+    columns += [number("tile_fill", ".2f"), number("workspace_share", ".2f"), f"runs {row['runs']}"]
     shares = [number(name, ".3f") for name in ("routing_share", "search_share") if name in row]
     times = "  ".join(f"{name} {value:.2f}" for name, value in row["ms"].items())
     return f"{head} {'  '.join(columns + shares)}\n    ms: {times}"

@@ -260,7 +260,7 @@ def describe(row: Row) -> str:
     return (
         f"{head} density {row['density']:.3f} by {','.join(row['implementations'])}; ms {unit}: {times}\n"
         f"    sparse phase {row['speedup_sparse_phase']:.2f} x, {STEPS} steps ({counts}, {row['dense_layers']} layers"
-        f" kept dense) {row['speedup_50_steps']:.2f} x\n    {row['formula']}"
+        f" kept dense) {row['speedup_50_steps']:.2f} x, runs {row['runs']}\n    {row['formula']}"
     )
 
 

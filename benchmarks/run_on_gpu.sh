@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one go, on a machine with torch (CUDA), triton and pytest. Nothing is installed.
+# Everything that needs a GPU, in one go, on a machine with torch (CUDA), triton and pytest. Nothing is installed. With
+# pytest-xdist the tests run in several processes, most of their time being that of Triton's compiler.
 #
 #     benchmarks/run_on_gpu.sh [tests] [sanitizer] [tune] [kernels] [step]
 #
@@ -7,10 +8,11 @@
 # measure the configurations that were best on this GPU; without it the first ones of the tables.
 #
 # Results are written to $OUT where it is set, else to benchmarks/results: gpu_kernels.json and gpu_step.json row by row,
-# tests.xml, and the output of each part as <part>.txt. A part that fails, or runs out of its time, does not keep the
-# next one from running; the exit status is 1 then. Variables: PYTHON; OUT; SECONDS_TESTS, SECONDS_SANITIZER,
-# SECONDS_TUNE, SECONDS_KERNELS and SECONDS_STEP limit the parts, each to less than ten minutes by default; KERNELS_ARGS
-# and STEP_ARGS are passed on to the benchmarks.
+# and the output of each part as <part>.txt. A part that fails, or runs out of its time, does not keep the next one from
+# running; the exit status is 1 then. The most telling rows come first, so a benchmark that runs out of time has made
+# them. Variables: PYTHON; OUT; SECONDS_TESTS, SECONDS_SANITIZER, SECONDS_TUNE, SECONDS_KERNELS and SECONDS_STEP limit the
+# parts, by default to 25 minutes in all and each to less than ten; KERNELS_ARGS and STEP_ARGS are passed on to the
+# benchmarks.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 2
 
@@ -91,13 +93,15 @@ environment 2>&1 | tee "$results/environment.txt"
 for part in "${parts[@]}"; do
   case $part in
   tests) # these folders need no diffusers
-    run tests "${SECONDS_TESTS:-540}" "$PYTHON" -m pytest -m gpu -q -p no:cacheprovider \
-      --continue-on-collection-errors --durations=15 --junitxml="$results/tests.xml" tests/gpu tests/triton_kernels
+    processes=()
+    "$PYTHON" -c "import xdist" 2>/dev/null && processes=(-n 8)
+    run tests "${SECONDS_TESTS:-360}" "$PYTHON" -m pytest -m gpu -q -p no:cacheprovider \
+      --continue-on-collection-errors --durations=15 "${processes[@]}" tests/gpu tests/triton_kernels
     ;;
   sanitizer)
     if command -v compute-sanitizer >/dev/null; then
       cases=tests/gpu/test_no_synchronisation.py::test_a_site_of
-      PYTORCH_NO_CUDA_MEMORY_CACHING=1 run sanitizer "${SECONDS_SANITIZER:-300}" compute-sanitizer --tool memcheck \
+      PYTORCH_NO_CUDA_MEMORY_CACHING=1 run sanitizer "${SECONDS_SANITIZER:-180}" compute-sanitizer --tool memcheck \
         --error-exitcode 9 --print-limit 20 "$PYTHON" -m pytest -m gpu -q -p no:cacheprovider \
         "${cases}_svg2_never_waits_for_the_device[sparse-triton]" \
         "${cases}_adaspa_never_waits_for_the_device[search-triton]" \
@@ -111,12 +115,12 @@ for part in "${parts[@]}"; do
     ;;
   kernels)
     # shellcheck disable=SC2086 # several arguments
-    run kernels "${SECONDS_KERNELS:-540}" "$PYTHON" -m benchmarks.gpu_kernels --json "$results/gpu_kernels.json" \
+    run kernels "${SECONDS_KERNELS:-500}" "$PYTHON" -m benchmarks.gpu_kernels --json "$results/gpu_kernels.json" \
       ${KERNELS_ARGS:-}
     ;;
   step)
     # shellcheck disable=SC2086
-    run step "${SECONDS_STEP:-540}" "$PYTHON" -m benchmarks.gpu_step --json "$results/gpu_step.json" ${STEP_ARGS:-}
+    run step "${SECONDS_STEP:-460}" "$PYTHON" -m benchmarks.gpu_step --json "$results/gpu_step.json" ${STEP_ARGS:-}
     ;;
   esac
 done

@@ -37,6 +37,7 @@ class Site:
         self.log = torch.zeros(spec.shape, dtype=spec.dtype, device=device)
         clusters = (query_clusters(shape.video, self.config), key_clusters(shape.video, self.config))
         self.centroids = [self.q.new_zeros((1, heads, int(count), shape.size)) for count in clusters]
+        self.earlier = self.centroids
         self.ready = torch.zeros(1, dtype=torch.int32, device=device)
         self.lse = torch.zeros(1, heads, shape.tokens, device=device)
         self.offset = torch.zeros(1, heads, device=device)
@@ -74,6 +75,20 @@ class Site:
         settings = (restart, iterations, self.config.seed, self.kernel)
         made: tuple[Tensor, ...] = OPS.kmeans(self.q, self.k, None, None, self.video, self.video, *state, *settings)
         return made
+
+    def keep_centroids(self, noise: float = 0.1, seed: int = 0) -> None:
+        """Remember the centroids, moved by noise: what a step finds whose q and k are not those of the step before.
+
+        From the very centroids of the call before, k-means is at rest, and skips what a step of a model has to do.
+        """
+        generator = torch.Generator(self.q.device).manual_seed(seed)
+        draws = [torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype) for x in self.centroids]
+        self.earlier = [x + noise * draw for x, draw in zip(self.centroids, draws, strict=True)]
+
+    def restore_centroids(self) -> None:
+        """What `keep_centroids` remembered."""
+        for x, earlier in zip(self.centroids, self.earlier, strict=True):
+            x.copy_(earlier)
 
     def plan_top_p(self, clusters: tuple[Tensor, ...], density: float | None = None) -> Plan:
         """`plan_top_p` for what `kmeans` returned; by the default top-p, or at a density."""

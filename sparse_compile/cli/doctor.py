@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from sparse_compile.compiler.kernel_choice import why_not_triton
 from sparse_compile.config import ENV_PREFIX, FOREIGN_VARIABLES, LATER_OPTIONS, Config, belongs, declared_options
 from sparse_compile.errors import SparseAttentionError
 
@@ -64,12 +65,14 @@ def check_versions() -> list[Finding]:
 
 
 def check_devices() -> list[Finding]:
-    """What torch can compute on."""
+    """What torch can compute on, and which kernels run there; plain torch is slow, but no problem of the backend."""
     cpu = f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} thread(s)"
-    findings = [Finding("cpu", cpu)]
+    findings = [Finding("cpu", f"{cpu}, cpu kernels")]
     for index in range(torch.cuda.device_count()):
         major, minor = torch.cuda.get_device_capability(index)
-        findings.append(Finding(f"cuda:{index}", f"{torch.cuda.get_device_name(index)}, sm_{major}{minor}"))
+        reason = why_not_triton(torch.device("cuda", index))
+        kernels = f"plain torch: {reason}" if reason else f"triton {_version('triton')} kernels"
+        findings.append(Finding(f"cuda:{index}", f"{torch.cuda.get_device_name(index)}, sm_{major}{minor}, {kernels}"))
     return findings
 
 

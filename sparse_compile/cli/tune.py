@@ -43,6 +43,8 @@ def run(arguments: argparse.Namespace) -> int:
     for size in arguments.sizes:
         for trial in trials(torch.device("cuda", torch.cuda.current_device()), *SHAPE, size):
             timed = measured(trial, milliseconds)
+            if not timed:
+                continue
             choices[trial.entry] = min(timed, key=timed.__getitem__)
             print(trial.entry)
             for config, time in sorted(timed.items(), key=lambda row: row[1]):
@@ -53,11 +55,13 @@ def run(arguments: argparse.Namespace) -> int:
 
 def measured(trial: Trial, timer: Timer) -> dict[tuple[Any, ...], float]:
     """Milliseconds of each configuration; one that does not launch is left out."""
+    from triton.errors import TritonError
+
     times = {}
     for config in trial.candidates:
         try:
             times[config] = timer(lambda config=config: trial.call(config))  # type: ignore[misc]
-        except (RuntimeError, ValueError) as error:  # out of resources: on this GPU it cannot be the best
+        except (RuntimeError, ValueError, TritonError) as error:  # out of resources: here it cannot be the best
             print(f"  does not run: {tuple(config)}: {error}")
     return times
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -63,11 +62,11 @@ def why_not_triton(device: torch.device) -> str:
         name = "ROCm" if torch.version.hip is not None else device.type
         return f"there are Triton kernels for NVIDIA GPUs alone, and this is {name}"
     try:
-        version = importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:
+        import triton
+    except ImportError:
         return "triton is not installed"
-    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TRITON:
-        return f"triton {version} is older than {'.'.join(map(str, OLDEST_TRITON))}"
+    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < OLDEST_TRITON:
+        return f"triton {triton.__version__} is older than {'.'.join(map(str, OLDEST_TRITON))}"
     if not torch.cuda.is_available():
         return "there is no CUDA device here"
     capability = torch.cuda.get_device_capability(device)

@@ -72,3 +72,18 @@ def test_a_missing_compiler_is_a_problem(monkeypatch):
 def test_an_old_torch_is_a_problem(monkeypatch):
     monkeypatch.setattr(torch, "__version__", "2.10.1")
     assert [finding.subject for finding in doctor.check_versions() if finding.problem] == ["torch"]
+
+
+def test_each_gpu_is_listed_with_the_kernels_that_run_there(monkeypatch):
+    capabilities = [(9, 0), (7, 5)]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
+    number = {0: 0, 1: 1, torch.device("cuda", 0): 0, torch.device("cuda", 1): 1}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capabilities[number[device]])
+    monkeypatch.setattr(doctor.importlib.metadata, "version", lambda name: "3.6.0")
+    cpu, new, old = doctor.check_devices()
+    assert cpu.value.endswith("cpu kernels")
+    assert new.subject == "cuda:0" and new.value == "Some GPU, sm_90, triton 3.6.0 kernels"
+    assert old.value.startswith("Some GPU, sm_75, plain torch: ") and "kernels need sm_80 or newer" in old.value
+    assert not any(finding.problem for finding in (new, old))

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.metadata
+import sys
 
 import pytest
 import torch
+import triton
 
-from sparse_compile.compiler import kernel_choice
 from sparse_compile.compiler.kernel_choice import KernelChoice, choose_kernel
 from sparse_compile.config import Config
 from sparse_compile.errors import SparseAttentionError
@@ -53,15 +53,12 @@ def test_an_old_gpu_gets_plain_torch_and_the_reason(gpu: list[torch.Tensor], mon
 def test_an_old_triton_gets_plain_torch_and_the_reason(
     gpu: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch, version: str, reason: str
 ) -> None:
-    monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
+    monkeypatch.setattr(triton, "__version__", version)
     assert choose_kernel(Config(), gpu).reason == reason
 
 
 def test_without_triton_it_is_plain_torch(gpu: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing(name: str) -> str:
-        raise importlib.metadata.PackageNotFoundError(name)
-
-    monkeypatch.setattr(kernel_choice.importlib.metadata, "version", missing)
+    monkeypatch.setitem(sys.modules, "triton", None)
     assert choose_kernel(Config(), gpu) == KernelChoice("reference", "triton is not installed")
 
 

@@ -38,6 +38,17 @@ def test_a_call_compiles_what_it_would_launch(architecture: int) -> None:
         assert made.compiled.metadata.shared <= ARCHITECTURES[architecture].shared_memory
 
 
+def test_pooled_keys_of_wide_float32_heads_fit_the_smallest_shared_memory() -> None:
+    """The chunks of pooled keys do not depend on the configuration, so no table could leave them out."""
+    device = ARCHITECTURES[89]
+    calls = (call for call in shipped(device, torch.float32, 256) if call.problem == "blocks, coupled")
+    with compiled_ahead(89) as compilations:
+        next(calls).run()
+    assert {made.name for made in compilations} >= {"attend_tiles"}
+    for made in compilations:
+        assert made.compiled.metadata.shared <= device.shared_memory, made.name
+
+
 def test_other_gpus_are_taken_for_the_nearest_older_one() -> None:
     families = {capability: architecture_family(capability) for capability in (75, 80, 86, 87, 89, 90, 100, 103, 121)}
     assert families == {75: 80, 80: 80, 86: 80, 87: 80, 89: 89, 90: 90, 100: 100, 103: 100, 121: 120}

@@ -86,9 +86,11 @@ def test_a_configuration_that_left_the_table_is_not_used() -> None:
 
 
 def test_the_fastest_configuration_that_runs_wins(capsys: pytest.CaptureFixture[str]) -> None:
+    from triton.runtime.errors import OutOfResources
+
     def call(config: Row) -> None:
         if config == ROWS[0]:
-            raise RuntimeError("out of resources")
+            raise OutOfResources(2, 1, "shared memory")
 
     def timer(run: object) -> float:
         run()  # type: ignore[operator]
@@ -97,7 +99,7 @@ def test_the_fastest_configuration_that_runs_wins(capsys: pytest.CaptureFixture[
     times = iter((3, 2))
     found = tune.measured(tune.Trial("entry", ROWS, call), timer)
     assert found == {ROWS[1]: 3.0, ROWS[2]: 2.0}
-    assert "does not run: (128, False): out of resources" in capsys.readouterr().out
+    assert "does not run: (128, False): out of resource: shared memory" in capsys.readouterr().out
 
 
 def test_tuning_without_a_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

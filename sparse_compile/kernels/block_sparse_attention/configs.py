@@ -44,32 +44,50 @@ _POINTERS: dict[int, dict[int, tuple[AttentionConfig, ...]]] = {
         256: (AttentionConfig(64, 32, 8, 2),),
     },
     89: {
-        64: (AttentionConfig(128, 64, 8, 2), AttentionConfig(64, 64, 4, 2)),
+        64: (AttentionConfig(128, 32, 8, 2), AttentionConfig(64, 32, 4, 2)),
         128: (AttentionConfig(128, 32, 8, 2), AttentionConfig(64, 32, 4, 2)),
         256: (AttentionConfig(64, 32, 8, 1),),
     },
     90: {
-        64: (AttentionConfig(128, 64, 8, 3), AttentionConfig(64, 64, 4, 3)),
-        128: (AttentionConfig(128, 64, 8, 3), AttentionConfig(64, 64, 4, 3)),
+        64: (
+            AttentionConfig(128, 64, 8, 3),
+            AttentionConfig(128, 64, 8, 3, persistent=1),
+            AttentionConfig(64, 64, 4, 3),
+        ),
+        128: (
+            AttentionConfig(128, 64, 8, 3),
+            AttentionConfig(128, 64, 8, 3, persistent=1),
+            AttentionConfig(64, 64, 4, 3),
+        ),
         256: (AttentionConfig(64, 64, 8, 2),),
     },
     100: {
-        64: (AttentionConfig(128, 64, 8, 3), AttentionConfig(64, 64, 4, 2)),
-        128: (AttentionConfig(128, 64, 8, 3), AttentionConfig(64, 64, 4, 3)),
+        64: (
+            AttentionConfig(128, 64, 8, 3),
+            AttentionConfig(128, 64, 8, 3, persistent=1),
+            AttentionConfig(64, 64, 4, 2),
+        ),
+        128: (
+            AttentionConfig(128, 64, 8, 3),
+            AttentionConfig(128, 64, 8, 3, persistent=1),
+            AttentionConfig(64, 64, 4, 3),
+        ),
         256: (AttentionConfig(64, 32, 8, 2),),
     },
     120: {
-        64: (AttentionConfig(128, 64, 8, 2), AttentionConfig(64, 64, 4, 2)),
+        64: (AttentionConfig(128, 32, 8, 2), AttentionConfig(64, 32, 4, 2)),
         128: (AttentionConfig(128, 32, 8, 2), AttentionConfig(64, 32, 4, 2)),
         256: (AttentionConfig(64, 32, 8, 1),),
     },
 }
 """By architecture and by the largest head size that a row is for, best first; one with tiles of 64 queries in each."""
+_RAGGED: dict[tuple[int, int], tuple[AttentionConfig, ...]] = {(120, 128): (AttentionConfig(64, 32, 8, 2),)}
+"""Instead of these for ragged plans, by architecture and head size, where they spill."""
 _DESCRIPTORS: dict[int, tuple[AttentionConfig, ...]] = {
     90: (AttentionConfig(128, 64, 8, 3, descriptors=True), AttentionConfig(64, 64, 4, 3, descriptors=True)),
     100: (AttentionConfig(128, 64, 8, 3, descriptors=True), AttentionConfig(64, 64, 4, 3, descriptors=True)),
 }
-"""Before these, for blocks in place with head sizes up to 128."""
+"""Before those of pointers, for blocks in place with head sizes up to 128."""
 _FLOAT32: dict[int, tuple[AttentionConfig, ...]] = {
     64: (AttentionConfig(64, 32, 4, 2), AttentionConfig(32, 32, 4, 2)),
     128: (AttentionConfig(32, 32, 4, 2), AttentionConfig(32, 16, 4, 2)),
@@ -97,7 +115,9 @@ def candidates(
         return _FLOAT32[width]
     family = architecture_family(device.architecture)
     rows = _POINTERS[family][width]
-    if not ragged and width <= 128:
+    if ragged:
+        rows = _RAGGED.get((family, width), rows)
+    elif width <= 128:
         rows = _DESCRIPTORS.get(family, ()) + rows
     if mean_row <= _SMALL_ROWS:
         rows = tuple(row for row in rows if row.block_q <= 64) or rows

@@ -13,7 +13,8 @@ LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
 def _softmax_step(scores, to_base_2, m, total):
     """One step in base 2: weights, the factor on what was summed before, and the new maximum and total.
 
-    ``to_base_2`` is positive; it meets the scores in one multiply-add beside the exponential. A row without a finite maximum keeps -inf without making NaN. A NaN score makes the weight and the total NaN.
+    ``to_base_2`` is positive; it meets the scores in one multiply-add before the exponential. A row without a finite
+    maximum keeps -inf without making NaN. A NaN score makes the weight and the total NaN.
     """
     m_new = tl.maximum(m, tl.max(scores, 1) * to_base_2)
     safe = tl.where(m_new == float("-inf"), 0.0, m_new)

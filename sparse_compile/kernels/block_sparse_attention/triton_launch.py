@@ -22,6 +22,8 @@ SMALLEST_SCALE = 1e-30
 """Stands for a scale of 0, which times -inf would be NaN."""
 POOLED_AT_ONCE = 32
 """Pooled keys of a chunk: few, so that their loop needs no more registers than the one over keys."""
+WIDEST_ROW = 512
+"""Bytes of a pooled key up to which a chunk has so many; half as many wider ones fit the 99 KiB of sm_86, 89, 120."""
 WHOLE_BLOCK, LARGE_GROUP = 0.75, 8
 """Mean keys of a group, in chunks, from which a chunk is one piece rather than several short ones: blocks in place, all
 of one size; and groups of any size, of which the last chunk is half empty."""
@@ -154,6 +156,7 @@ def _attend(
     if plan.k_order is not None:
         k, v = gather_rows(k, v, plan.k_order)
     size_padded, value_padded = (max(16, 1 << (x - 1).bit_length()) for x in (size, value_size))
+    widest = max(size_padded, value_padded) * q.element_size()
     whole_blocks = config.descriptors
     tiles = lists.tiles.shape[0]
     absent = lists.pieces  # stands for what a constant switches off
@@ -190,7 +193,7 @@ def _attend(
         BLOCK_Q=config.block_q,
         BLOCK_K=config.block_k,
         PIECE=tiling.piece,
-        BLOCK_P=POOLED_AT_ONCE,
+        BLOCK_P=POOLED_AT_ONCE if widest <= WIDEST_ROW else POOLED_AT_ONCE // 2,
         D=size,
         D_PAD=size_padded,
         DV=value_size,

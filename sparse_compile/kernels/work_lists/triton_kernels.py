@@ -21,7 +21,8 @@ def _kept(words, offsets, group, groups):
     word = tl.load(words + group // 32, mask=inside, other=0)
     start = tl.load(offsets + group, mask=inside, other=0)
     stop = tl.load(offsets + group + 1, mask=inside, other=1)
-    return inside & ((((word >> (group % 32)) & 1) != 0) | (start == stop)), start, stop
+    bit = group & 31  # not a remainder: that of -1 is -1 on a GPU, and nothing is defined that is shifted by that
+    return inside & ((((word >> bit) & 1) != 0) | (start == stop)), start, stop
 
 
 @triton.jit
