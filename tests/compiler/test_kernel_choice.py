@@ -6,7 +6,6 @@ import sys
 
 import pytest
 import torch
-import triton
 
 from sparse_compile.compiler.kernel_choice import KernelChoice, choose_kernel
 from sparse_compile.config import Config
@@ -53,7 +52,7 @@ def test_an_old_gpu_gets_plain_torch_and_the_reason(gpu: list[torch.Tensor], mon
 def test_an_old_triton_gets_plain_torch_and_the_reason(
     gpu: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch, version: str, reason: str
 ) -> None:
-    monkeypatch.setattr(triton, "__version__", version)
+    monkeypatch.setattr("triton.__version__", version)
     assert choose_kernel(Config(), gpu).reason == reason
 
 
