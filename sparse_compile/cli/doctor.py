@@ -71,7 +71,7 @@ def check_devices() -> list[Finding]:
     for index in range(torch.cuda.device_count()):
         major, minor = torch.cuda.get_device_capability(index)
         reason = why_not_triton(torch.device("cuda", index))
-        kernels = f"plain torch: {reason}" if reason else f"triton {_version('triton')} kernels"
+        kernels = f"plain torch: {reason}" if reason else f"triton {_triton_version()} kernels"
         findings.append(Finding(f"cuda:{index}", f"{torch.cuda.get_device_name(index)}, sm_{major}{minor}, {kernels}"))
     return findings
 
@@ -123,6 +123,13 @@ def check_environment(environ: Mapping[str, str]) -> list[Finding]:
             problem = f"Only method {method['method']} reads it, and SPARSE_ATTN_METHOD is {chosen}."
         findings.append(Finding(name, ours[name], problem))
     return findings or [Finding("environment", f"no {ENV_PREFIX}* variable is set")]
+
+
+def _triton_version() -> str:
+    """As the module tells it, which some distributions install under another name."""
+    import triton
+
+    return str(triton.__version__)
 
 
 def _version(package: str) -> str:

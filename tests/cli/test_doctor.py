@@ -81,7 +81,7 @@ def test_each_gpu_is_listed_with_the_kernels_that_run_there(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
     number = {0: 0, 1: 1, torch.device("cuda", 0): 0, torch.device("cuda", 1): 1}
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capabilities[number[device]])
-    monkeypatch.setattr(doctor.importlib.metadata, "version", lambda name: "3.6.0")
+    monkeypatch.setattr("triton.__version__", "3.6.0")
     cpu, new, old = doctor.check_devices()
     assert cpu.value.endswith("cpu kernels")
     assert new.subject == "cuda:0" and new.value == "Some GPU, sm_90, triton 3.6.0 kernels"

@@ -135,10 +135,12 @@ def test_skipped_keys_and_padding_never_touch_a_row(device: str, descriptors: bo
 def test_rows_that_keep_all_never_see_the_pooled_arrays(device: str, coupled: bool) -> None:
     plan = random_plan(1, 1, 1, 50, 90, share=1.0)
     q, k, v = (random_tensor(1, 1, n, 32, seed=n) for n in (50, 90, 90))
-    poisoned = PooledKeys(
-        *(None if x is None else torch.full_like(x, math.nan) for x in vars(pool(k, v, plan, coupled)).values())
-    )
-    assert_same_bits(attend(device, q, k, v, plan, poisoned), attend(device, q, k, v, plan))
+    pooled = pool(k, v, plan, coupled)
+    poisoned = PooledKeys(*(None if x is None else torch.full_like(x, math.nan) for x in vars(pooled).values()))
+    found = attend(device, q, k, v, plan, poisoned)
+    assert_same_bits(found, attend(device, q, k, v, plan, pooled))
+    exact = in_float64(q, k, v, plan, None, 0.2)
+    assert_close(found, exact, torch.float32, pooled=False)
 
 
 def test_a_row_that_is_not_finite_is_nan_and_no_other(device: str) -> None:
