@@ -198,13 +198,15 @@ def markdown(rows: list[Row]) -> str:
         sizes = ", ".join(map(str, row["config"][:4])) + (", TMA" if row["tma"] else "")
         shared = f"{row['shared_bytes'] / 1024:.0f}"
         lines.append(f"| sm_{place[0]} | {place[1]} | {plan} | {sizes} | {row['registers']} | {shared} |")
-    lines += ["", "| spills: kernel | dtype, D | bytes |", "|---|---|---|"]
-    spilled: dict[tuple[str, str], list[str]] = {}
+    lines += ["", "| what spills | dtype, D | most bytes, by GPU |", "|---|---|---|"]
+    spilled: dict[tuple[str, str], dict[int, int]] = {}
     for row in rows:
         if row["spilled_bytes"]:
-            of = spilled.setdefault((row["kernel"], f"{row['dtype']}, {row['size']}"), [])
-            of.append(f"{row['spilled_bytes']} on sm_{row['architecture']}")
-    lines += [f"| {kernel} | {problem} | {'; '.join(of)} |" for (kernel, problem), of in sorted(spilled.items())]
+            of = spilled.setdefault((row["kernel"], f"{row['dtype']}, {row['size']}"), {})
+            of[row["architecture"]] = max(row["spilled_bytes"], of.get(row["architecture"], 0))
+    for (kernel, problem), of in sorted(spilled.items()):
+        most = ", ".join(f"sm_{architecture}: {of[architecture]}" for architecture in sorted(of))
+        lines.append(f"| {kernel} | {problem} | {most} |")
     return "\n".join(lines)
 
 
