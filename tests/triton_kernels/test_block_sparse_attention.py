@@ -212,6 +212,24 @@ def test_dense_attention_keeps_its_log_sum_exp(device: str, dtype: torch.dtype, 
     assert_close((out.cpu(), lse.cpu()), exact, dtype, pooled=False)
 
 
+@pytest.mark.parametrize("ordered", [True, False], ids=["ragged", "in-place"])
+def test_offsets_pass_2_to_the_31(device: str, ordered: bool) -> None:
+    """Tokens so far apart that the last ones lie behind 2^31 elements; only the pages in use take memory on a CPU."""
+    plan = random_plan(1, 1, 1, 40, 40, share=0.6)
+    plan = plan if ordered else in_place(plan)
+    near = [random_tensor(1, 1, 40, 16, seed=seed, dtype=torch.float16) for seed in range(3)]
+    apart = 2**26
+    far = [
+        torch.empty(39 * apart + 16, dtype=torch.float16, device=device).as_strided(x.shape, (1, 1, apart, 1))
+        for x in near
+    ]
+    for x, wide in zip(near, far, strict=True):
+        wide.copy_(x)
+    out = torch.empty(1, 1, 40, 16, dtype=torch.float16, device=device)
+    lse, _ = triton_launch.attention(*far, moved(plan, device), None, 0.2, out, SMALL)
+    assert_same_bits((out.cpu(), lse.cpu()), attend(device, *near, plan))
+
+
 def test_without_queries_nothing_is_computed(device: str) -> None:
     plan = random_plan(1, 1, 1, 0, 5, 2, 2)
     q, k = torch.empty(1, 1, 0, 32), random_tensor(1, 1, 5, 32)

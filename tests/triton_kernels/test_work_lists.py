@@ -117,3 +117,9 @@ def test_the_fill_counts_half_empty_tiles(device: str) -> None:
     lists = work_lists(moved(plan, device), 33, 17, RAGGED)
     fill = tile_fill(moved(plan, device), lists, RAGGED)
     assert fill.item() == pytest.approx(33 * 17 / (2 * 32 * 64))
+
+
+def test_more_keys_than_a_piece_can_number_are_refused_before_a_launch(device: str) -> None:
+    plan = moved(random_plan(1, 1, 1, 5, 5, 2, 2), device)
+    with pytest.raises(ValueError, match="fewer than 8388608 keys; got 8388608"):
+        work_lists(plan, 5, triton_launch.LONGEST_SEQUENCE, RAGGED)
