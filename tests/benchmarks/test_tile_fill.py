@@ -6,10 +6,10 @@ import itertools
 
 import pytest
 import torch
+
 from benchmarks.gpu.plans import ragged_plan
 from benchmarks.gpu.shapes import SHAPES
 from benchmarks.tile_fill import BLOCK_K, BLOCK_Q, PIECE, fills
-
 from sparse_compile.plan import Plan
 
 
