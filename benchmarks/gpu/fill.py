@@ -14,7 +14,7 @@ def tile_fill_of(q: Tensor, k: Tensor, v: Tensor, plan: Plan, kernel: str) -> fl
     from sparse_compile.kernels.block_sparse_attention.triton_launch import configured
     from sparse_compile.kernels.work_lists.triton_launch import tile_fill, work_lists
 
-    _, tiling = configured(q, k, v, plan)
+    tiling = configured(q, k, v, plan).tiling
     return float(tile_fill(plan, work_lists(plan, q.shape[2], k.shape[2], tiling), tiling))
 
 
@@ -24,4 +24,5 @@ def tiles_of(q: Tensor, k: Tensor, v: Tensor, plan: Plan, kernel: str) -> str | 
         return None
     from sparse_compile.kernels.block_sparse_attention.triton_launch import configured
 
-    return str(configured(q, k, v, plan)[0])
+    found = configured(q, k, v, plan)
+    return str(found.config) if found.short is None else f"{found.config} and {found.short}"

@@ -9,12 +9,12 @@ import torch
 
 from benchmarks.gpu.plans import ragged_plan
 from benchmarks.gpu.shapes import SHAPES
-from benchmarks.tile_fill import BLOCK_K, BLOCK_Q, PIECE, fills
+from benchmarks.tile_fill import BLOCK_K, BLOCK_Q, PIECE, SHORT_Q, fills
 from sparse_compile.plan import Plan
 
 
 def counted(plan: Plan) -> dict[str, float]:
-    useful, computed = 0, dict.fromkeys(("clusters", "runs", "pieces"), 0)
+    useful, computed = 0, dict.fromkeys(("clusters", "runs", "pieces", "pieces and short tiles"), 0)
     bounds = plan.k_offsets[0, 0].tolist()
     for kept, queries in zip(plan.kept()[0, 0].tolist(), plan.q_offsets[0, 0].diff().tolist(), strict=True):
         runs: list[list[int]] = []
@@ -33,6 +33,9 @@ def counted(plan: Plan) -> dict[str, float]:
         computed["clusters"] += rows * clusters
         computed["runs"] += rows * sum(-(-(stop - start) // BLOCK_K) * BLOCK_K for start, stop in runs)
         computed["pieces"] += rows * -(-pieces // BLOCK_K) * BLOCK_K
+        whole, rest = divmod(queries, BLOCK_Q)
+        rows = whole * BLOCK_Q + (0 if rest == 0 else SHORT_Q if rest <= SHORT_Q else BLOCK_Q)
+        computed["pieces and short tiles"] += rows * -(-pieces // BLOCK_K) * BLOCK_K
     return {name: useful / lanes for name, lanes in computed.items()}
 
 

@@ -36,13 +36,14 @@ def attend(
     pooled: PooledKeys | None = None,
     scale: float = 0.2,
     config: AttentionConfig | None = SMALL,
+    short: AttentionConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp on the CPU; checks the density on the way."""
     out = torch.full((*q.shape[:3], v.shape[3]), math.nan, dtype=q.dtype, device=device)
     placed = (x.to(device) for x in (q, k, v))
     tail = None if pooled is None else moved_pooled(pooled, device)
     with nan_filled_empty():
-        lse, density = triton_launch.attention(*placed, moved(plan, device), tail, scale, out, config)
+        lse, density = triton_launch.attention(*placed, moved(plan, device), tail, scale, out, config, short)
     assert torch.equal(density.cpu(), plan.density())
     return out.cpu(), lse.cpu()
 
@@ -178,6 +179,31 @@ def test_strides_batches_repeats_and_launch_sizes_change_no_bit(device: str) -> 
     second = Plan(*(x[1:] for x in vars(plan).values()))
     tail = PooledKeys(*(x[1:] for x in vars(pooled).values()))
     assert_same_bits(attend(device, q[1:], k[1:], v[1:], second, tail), [x[1:] for x in found])
+
+
+@pytest.mark.parametrize("coupled", [None, True], ids=["without-tail", "coupled"])
+def test_what_is_left_of_a_row_goes_in_short_tiles(device: str, coupled: bool | None) -> None:
+    """Rows of 0 to 33 queries: in whole tiles, in short ones, and in both."""
+    sizes = torch.tensor([0, 5, 16, 17, 31, 32, 33, 0])
+    bounds = torch.nn.functional.pad(sizes.cumsum(0), (1, 0)).int().view(1, 1, -1)
+    plan = random_plan(1, 1, 1, int(sizes.sum()), 90, 8, 6, share=0.5)
+    plan = Plan(plan.q_order, bounds, plan.k_order, plan.k_offsets, plan.keep)
+    q, k, v = (random_tensor(1, 1, n, 32, seed=n, dtype=torch.float16) for n in (plan.q_order.shape[2], 90, 90))
+    pooled = None if coupled is None else pool(k, v, plan, coupled)
+    found = attend(device, q, k, v, plan, pooled, short=SMALL._replace(block_q=16))
+    assert_close(found, in_float64(q, k, v, plan, pooled, 0.2), torch.float16, pooled=pooled is not None)
+    without = attend(device, q, k, v, plan, pooled)
+    assert torch.allclose(found[0], without[0], atol=2e-3) and torch.allclose(found[1], without[1], atol=1e-5)
+
+
+def test_ragged_rows_get_a_configuration_for_what_is_left(device: str) -> None:
+    plan, blocks = random_plan(1, 1, 1, 2000, 900, 9, 12), random_plan(1, 1, 1, 2000, 900, 33, 12)
+    q, k = torch.empty(1, 1, 2000, 64, dtype=torch.float16), torch.empty(1, 1, 900, 64, dtype=torch.float16)
+    found = triton_launch.configured(q.to(device), k.to(device), k.to(device), plan)
+    assert found.short is not None and found.short.block_q * 2 == found.config.block_q
+    assert (found.tiling.short_q, found.short.block_k) == (found.short.block_q, found.config.block_k)
+    for other in (in_place(plan), blocks):
+        assert triton_launch.configured(q.to(device), k.to(device), k.to(device), other).short is None
 
 
 def test_heads_may_go_in_several_launches(device: str, monkeypatch: pytest.MonkeyPatch) -> None:

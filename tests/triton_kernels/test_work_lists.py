@@ -11,10 +11,10 @@ from plan_placement import moved
 
 from sparse_compile.error_budget import nan_filled_empty
 from sparse_compile.kernels.work_lists import triton_launch
-from sparse_compile.kernels.work_lists.triton_launch import Tiling, WorkLists, density, tile_fill, work_lists
+from sparse_compile.kernels.work_lists.triton_launch import Tiles, Tiling, WorkLists, density, tile_fill, work_lists
 from sparse_compile.plan import Plan
 
-RAGGED, BLOCKS = Tiling(32, 64, 16), Tiling(16, 32, 32)
+RAGGED, SHORT, BLOCKS = Tiling(32, 64, 16), Tiling(16, 64, 16, short_q=8), Tiling(16, 32, 32)
 
 
 def walked(
@@ -59,29 +59,40 @@ def assert_lists_match(plan: Plan, lists: WorkLists, tiling: Tiling) -> None:
         bits = [bool(words[group // 32] >> (group % 32) & 1) for group in range(len(own))]
         assert bits == (wanted if row < rows - 1 else torch.zeros_like(wanted)).tolist()
 
-    tiles = lists.tiles[: int(lists.n_tiles)].tolist()
-    by_row: dict[int, list[tuple[int, int]]] = {}
-    for row, start, length, _ in tiles:
-        by_row.setdefault(row, []).append((start, length))
+    tiles, short = in_use(lists.tiles), in_use(lists.short_tiles)
     for flat in range(batches * heads * rows):
         batch, head, row = flat // (heads * rows), flat // rows % heads, flat % rows
-        own = by_row.get(flat, [])
-        covered = [token for start, length in own for token in range(start, start + length)]
+        own, left = ([(start, length) for of, start, length, _ in some if of == flat] for some in (tiles, short))
+        covered = [token for start, length in own + left for token in range(start, start + length)]
         first, stop = plan.q_offsets[batch, head, row : row + 2].tolist()
         assert covered == list(range(first, stop))
         assert all(0 < length <= tiling.block_q for _, length in own)
-        assert len(own) == -(-int(sizes[batch, head, row]) // tiling.block_q)
-    order = [(row // rows, -int(lists.counts[row, 1])) for row, *_ in tiles]
-    assert order == sorted(order), "head by head, and most keys first"
+        assert all(0 < length <= tiling.short_q for _, length in left)
+        rest = (stop - first) % tiling.block_q
+        assert len(left) == (0 < rest <= tiling.short_q)
+        assert len(own) == -(-int(sizes[batch, head, row]) // tiling.block_q) - len(left)
+    for some in (tiles, short):
+        order = [(row // rows, -int(lists.counts[row, 1])) for row, *_ in some]
+        assert order == sorted(order), "head by head, and most keys first"
 
 
-@pytest.mark.parametrize("tiling", [RAGGED, BLOCKS], ids=["ragged", "blocks"])
+def in_use(tiles: Tiles | None) -> list[list[int]]:
+    return [] if tiles is None else tiles.ranges[: int(tiles.number)].tolist()
+
+
+def on_cpu(lists: WorkLists) -> WorkLists:
+    tiles, short, *others = lists
+    moved_tiles = (None if some is None else Tiles(*(x.cpu() for x in some)) for some in (tiles, short))
+    return WorkLists(*moved_tiles, *(x.cpu() for x in others))
+
+
+@pytest.mark.parametrize("tiling", [RAGGED, SHORT, BLOCKS], ids=["ragged", "with-short-tiles", "blocks"])
 @pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
 def test_pieces_and_tiles_cover_the_plan_exactly(device: str, tiling: Tiling, share: float) -> None:
     plan = random_plan(1, 2, 1, 90, 150, 4, 9, share=share)
     with nan_filled_empty():
         lists = work_lists(moved(plan, device), 90, 150, tiling)
-    lists = WorkLists(*(x.cpu() for x in lists))
+    lists = on_cpu(lists)
     assert_lists_match(plan, lists, tiling)
     assert torch.equal(density(plan, lists.kept_keys), plan.density())
 
@@ -99,14 +110,14 @@ def test_groups_come_in_segments_and_runs_cross_them(device: str, monkeypatch: p
     kept[..., -1] = False
     q_offsets = torch.tensor([[[0, 33, 33, 37]]], dtype=torch.int32)
     plan = Plan(None, q_offsets, None, offsets, packed(kept))
-    lists = WorkLists(*(x.cpu() for x in work_lists(moved(plan, device), 37, keys, RAGGED)))
+    lists = on_cpu(work_lists(moved(plan, device), 37, keys, RAGGED))
     assert_lists_match(plan, lists, RAGGED)
 
 
 def test_a_single_token_and_no_token(device: str) -> None:
     for queries, keys in ((1, 1), (0, 5), (5, 0)):
         plan = random_plan(1, 1, 1, queries, keys, 2, 2, share=1.0)
-        lists = WorkLists(*(x.cpu() for x in work_lists(moved(plan, device), queries, keys, RAGGED)))
+        lists = on_cpu(work_lists(moved(plan, device), queries, keys, RAGGED))
         assert_lists_match(plan, lists, RAGGED)
 
 
@@ -117,6 +128,9 @@ def test_the_fill_counts_half_empty_tiles(device: str) -> None:
     lists = work_lists(moved(plan, device), 33, 17, RAGGED)
     fill = tile_fill(moved(plan, device), lists, RAGGED)
     assert fill.item() == pytest.approx(33 * 17 / (2 * 32 * 64))
+    with_short = RAGGED._replace(short_q=16)
+    lists = work_lists(moved(plan, device), 33, 17, with_short)
+    assert tile_fill(moved(plan, device), lists, with_short).item() == pytest.approx(33 * 17 / ((32 + 16) * 64))
 
 
 def test_more_keys_than_a_piece_can_number_are_refused_before_a_launch(device: str) -> None:

@@ -6,6 +6,7 @@ spills are known for every row, speed for none until it is measured.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -32,9 +33,10 @@ class AttentionConfig(NamedTuple):
     descriptors: bool = False
     persistent: int = 0
 
-    def tiling(self, *, ragged: bool) -> Tiling:
-        """How the work lists cut the plan."""
-        return Tiling(self.block_q, self.block_k, SHORT_PIECE if ragged else self.block_k)
+    def tiling(self, *, ragged: bool, short: AttentionConfig | None = None) -> Tiling:
+        """How the work lists cut the plan; ``short``: the configuration for what is left of a row."""
+        piece = SHORT_PIECE if ragged else self.block_k
+        return Tiling(self.block_q, self.block_k, piece, 0 if short is None else short.block_q)
 
 
 _POINTERS: dict[int, dict[int, tuple[AttentionConfig, ...]]] = {
@@ -96,6 +98,12 @@ _FLOAT32: dict[int, tuple[AttentionConfig, ...]] = {
 """float32, on every architecture: products of three TF32 parts need registers."""
 _SMALL_ROWS = 96
 """Mean queries of a row up to which a tile of 64 is filled better than one of 128."""
+
+
+def short_of(config: AttentionConfig, rows: Sequence[AttentionConfig]) -> AttentionConfig | None:
+    """The first of ``rows`` whose tiles have half the queries of ``config``'s, and equal chunks; None without one."""
+    halves = (row for row in rows if row.block_q * 2 == config.block_q and row.block_k == config.block_k)
+    return next(halves, None)
 
 
 def candidates(

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from sparse_compile.kernels.block_sparse_attention.configs import AttentionConfig, candidates
+from sparse_compile.kernels.block_sparse_attention.configs import AttentionConfig, candidates, short_of
 from sparse_compile.kernels.block_sparse_attention.descriptors import descriptor, fits_descriptor
 from sparse_compile.kernels.block_sparse_attention.head_slices import head_slices
 from sparse_compile.kernels.block_sparse_attention.triton_kernels import attend_tiles
@@ -38,6 +39,7 @@ def attention(
     scale: float,
     out: Tensor,
     config: AttentionConfig | None = None,
+    short: AttentionConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Write attention over the kept keys, and the pooled keys of all other groups, into ``out``.
 
@@ -53,8 +55,8 @@ def attention(
     kept_keys = torch.empty(plan.keep.shape[:3], dtype=torch.int32, device=q.device)
     if pooled is not None:
         pooled = pooled_for_products(pooled, q.dtype)
-    config, tiling = configured(q, k, v, plan, config)
-    for part in head_slices(q, k, v, plan, tiling):
+    chosen = configured(q, k, v, plan, config, short)
+    for part in head_slices(q, k, v, plan, chosen.tiling):
         _attend(
             part.of_queries(q),
             part.of_keys(k),
@@ -65,8 +67,7 @@ def attention(
             part.of_queries(out),
             part.of_queries(lse),
             part.of_queries(kept_keys),
-            config,
-            tiling,
+            chosen,
         )
     return lse, density(plan, kept_keys)
 
@@ -98,10 +99,23 @@ def attention_with_lse(
     lse.copy_(attention(q, k, v, Plan(*query, *key, keep), None, scale, out)[0])
 
 
+class Configured(NamedTuple):
+    """The configuration of a call, that of its short tiles (None: it has none), and how the plan is cut for both."""
+
+    config: AttentionConfig
+    short: AttentionConfig | None
+    tiling: Tiling
+
+
 def configured(
-    q: Tensor, k: Tensor, v: Tensor, plan: Plan, config: AttentionConfig | None = None
-) -> tuple[AttentionConfig, Tiling]:
-    """The configuration of a call and how it cuts the plan, from shapes alone.
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: Plan,
+    config: AttentionConfig | None = None,
+    short: AttentionConfig | None = None,
+) -> Configured:
+    """Choose from shapes alone.
 
     Args:
         q: [B, H, Sq, D].
@@ -109,6 +123,7 @@ def configured(
         v: [B, Hkv, Sk, Dv].
         plan: only its shapes are read.
         config: use this one, without TMA where that cannot be.
+        short: with ``config``, the one for short tiles.
     """
     ordered = plan.k_order is not None
     if config is None:
@@ -117,11 +132,14 @@ def configured(
         rows = candidates(device_of(q), q.dtype, size, ragged=ordered, mean_row=mean_row)
         named = problem(q.dtype, size, ragged=ordered, most_queries=rows[0].block_q)
         config = chosen("block_sparse_attention", named, rows, q)
+        if plan.q_order is not None and mean_row < LARGE_GROUP * config.block_q:
+            short = short_of(config, rows)
     mean_group = k.shape[2] / max(1, plan.key_groups - 1)
     ragged = mean_group < config.block_k * (LARGE_GROUP if ordered else WHOLE_BLOCK)
     if ragged or ordered or not fits_descriptor(k) or not fits_descriptor(v):
         config = config._replace(descriptors=False)
-    return config, config.tiling(ragged=ragged)
+        short = None if short is None else short._replace(descriptors=False)
+    return Configured(config, short, config.tiling(ragged=ragged, short=short))
 
 
 def problem(dtype: torch.dtype, size: int, *, ragged: bool, most_queries: int) -> str:
@@ -146,65 +164,67 @@ def _attend(
     out: Tensor,
     lse: Tensor,
     kept_keys: Tensor,
-    config: AttentionConfig,
-    tiling: Tiling,
+    chosen: Configured,
 ) -> None:
-    """One launch. All tensors are of the same heads; ``lse`` and ``kept_keys`` are contiguous and written."""
+    """Attend some heads, which all tensors are of; ``lse`` and ``kept_keys`` are contiguous and written."""
     queries, size, keys, value_size = *q.shape[2:], *v.shape[2:]
+    tiling = chosen.tiling
     lists = work_lists(plan, queries, keys, tiling)
     kept_keys.copy_(lists.kept_keys)
     if plan.k_order is not None:
         k, v = gather_rows(k, v, plan.k_order)
     size_padded, value_padded = (max(16, 1 << (x - 1).bit_length()) for x in (size, value_size))
     widest = max(size_padded, value_padded) * q.element_size()
-    whole_blocks = config.descriptors
-    tiles = lists.tiles.shape[0]
     absent = lists.pieces  # stands for what a constant switches off
     coupling = None if pooled is None else pooled.coupling
-    launch(
-        attend_tiles,
-        (min(tiles, config.persistent * device_of(q).multiprocessors or tiles),),
-        q,
-        descriptor(k, config.block_k, size_padded) if whole_blocks else k,
-        descriptor(v, config.block_k, value_padded) if whole_blocks else v,
-        out,
-        lse,
-        absent if plan.q_order is None else plan.q_order.contiguous(),
-        lists.tiles,
-        lists.n_tiles,
-        lists.pieces,
-        lists.counts,
-        lists.skipped,
-        *((absent, absent, absent) if pooled is None else (pooled.mean_k, pooled.mean_v, pooled.log_size)),
-        absent if coupling is None else coupling,
-        queries,
-        q.shape[1],
-        q.shape[1] // k.shape[1],
-        plan.keep.shape[2],
-        plan.key_groups,
-        plan.keep.shape[3],
-        lists.pieces.shape[1],
-        *q.stride()[:3],
-        *k.stride()[:3],
-        *v.stride()[:3],
-        *out.stride()[:3],
-        scale,
-        max(abs(scale), SMALLEST_SCALE) / math.log(2),
-        BLOCK_Q=config.block_q,
-        BLOCK_K=config.block_k,
-        PIECE=tiling.piece,
-        BLOCK_P=POOLED_AT_ONCE if widest <= WIDEST_ROW else POOLED_AT_ONCE // 2,
-        D=size,
-        D_PAD=size_padded,
-        DV=value_size,
-        DV_PAD=value_padded,
-        ORDERED=plan.q_order is not None,
-        POOLED=pooled is not None,
-        COUPLED=coupling is not None,
-        FLIP=scale < 0,
-        TMA=whole_blocks,
-        WIDE=keys * max(k.stride(2), v.stride(2)) >= 2**31,
-        PRECISION="tf32x3" if q.dtype is torch.float32 else "ieee",
-        warps=config.warps,
-        stages=config.stages,
-    )
+    for config, tiles in ((chosen.config, lists.tiles), (chosen.short, lists.short_tiles)):
+        if config is None or tiles is None:
+            continue
+        most = tiles.ranges.shape[0]
+        launch(
+            attend_tiles,
+            (min(most, config.persistent * device_of(q).multiprocessors or most),),
+            q,
+            descriptor(k, config.block_k, size_padded) if config.descriptors else k,
+            descriptor(v, config.block_k, value_padded) if config.descriptors else v,
+            out,
+            lse,
+            absent if plan.q_order is None else plan.q_order.contiguous(),
+            tiles.ranges,
+            tiles.number,
+            lists.pieces,
+            lists.counts,
+            lists.skipped,
+            *((absent, absent, absent) if pooled is None else (pooled.mean_k, pooled.mean_v, pooled.log_size)),
+            absent if coupling is None else coupling,
+            queries,
+            q.shape[1],
+            q.shape[1] // k.shape[1],
+            plan.keep.shape[2],
+            plan.key_groups,
+            plan.keep.shape[3],
+            lists.pieces.shape[1],
+            *q.stride()[:3],
+            *k.stride()[:3],
+            *v.stride()[:3],
+            *out.stride()[:3],
+            scale,
+            max(abs(scale), SMALLEST_SCALE) / math.log(2),
+            BLOCK_Q=config.block_q,
+            BLOCK_K=config.block_k,
+            PIECE=tiling.piece,
+            BLOCK_P=POOLED_AT_ONCE if widest <= WIDEST_ROW else POOLED_AT_ONCE // 2,
+            D=size,
+            D_PAD=size_padded,
+            DV=value_size,
+            DV_PAD=value_padded,
+            ORDERED=plan.q_order is not None,
+            POOLED=pooled is not None,
+            COUPLED=coupling is not None,
+            FLIP=scale < 0,
+            TMA=config.descriptors,
+            WIDE=keys * max(k.stride(2), v.stride(2)) >= 2**31,
+            PRECISION="tf32x3" if q.dtype is torch.float32 else "ieee",
+            warps=config.warps,
+            stages=config.stages,
+        )

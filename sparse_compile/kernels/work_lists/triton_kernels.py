@@ -118,19 +118,20 @@ def expand_rows(
 
 
 @triton.jit(do_not_specialize=["rows_of_head"])
-def write_tiles(row_order, first_tile, q_offsets, tiles, rows_of_head, BLOCK_Q: tl.constexpr, AT_ONCE: tl.constexpr):
-    """Cut the queries of one row into tiles of nearly equal length, at most BLOCK_Q.
+def write_tiles(
+    row_order, first_tile, starts, sizes, tiles, rows_of_head, BLOCK_Q: tl.constexpr, AT_ONCE: tl.constexpr
+):
+    """Cut some neighbouring queries of one row into tiles of nearly equal length, at most BLOCK_Q.
 
     row_order int32 or int64 [heads, rows_of_head]: the row of each rank in its head; first_tile [heads * rows_of_head]:
-    where the tiles of a rank begin; q_offsets int32 [heads, rows_of_head + 1]; tiles int32 [n, 4]: row, first query in
-    the grouped order, number of queries, 0.
+    where the tiles of a rank begin; starts and sizes int32 [heads, rows_of_head]: the queries of each row, in the
+    grouped order; tiles int32 [n, 4]: row, first query, number of queries, 0.
     """
     rank = tl.program_id(0).to(tl.int64)
     head = rank // rows_of_head
     row = tl.load(row_order + rank)
-    offsets = q_offsets + head * (rows_of_head + 1) + row
-    start = tl.load(offsets)
-    size = tl.load(offsets + 1) - start
+    start = tl.load(starts + head * rows_of_head + row)
+    size = tl.load(sizes + head * rows_of_head + row)
     number = (size + BLOCK_Q - 1) // BLOCK_Q
     length = (size + number - 1) // tl.maximum(number, 1)
     first = tl.load(first_tile + rank).to(tl.int64)

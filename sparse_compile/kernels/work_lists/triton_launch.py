@@ -24,11 +24,13 @@ class Tiling(NamedTuple):
     block_q: most queries of a tile.
     block_k: keys of a chunk, which the kernel looks at together.
     piece: most keys of a piece; divides block_k. Several pieces, of places that need not touch, make a chunk.
+    short_q: most queries of a short tile, for what is left of a row behind its whole tiles; 0: there are none.
     """
 
     block_q: int
     block_k: int
     piece: int
+    short_q: int = 0
 
     @property
     def pieces_per_chunk(self) -> int:
@@ -36,12 +38,23 @@ class Tiling(NamedTuple):
         return self.block_k // self.piece
 
 
+class Tiles(NamedTuple):
+    """Ranges of queries that are attended together.
+
+    ranges int32 [n, 4]: row, first query in the grouped order, number of queries, 0; head by head, and in a head the
+        tiles with the most keys first.
+    number int32 [1]: how many of them are in use.
+    """
+
+    ranges: Tensor
+    number: Tensor
+
+
 class WorkLists(NamedTuple):
     """A Plan as an attention kernel walks it; a row is a query group of a (batch item, head), R = B * H * Gq of them.
 
-    tiles int32 [n, 4]: row, first query in the grouped order, number of queries, 0; head by head, and in a head the
-        tiles with the most keys first.
-    n_tiles int32 [1]: how many of them are in use.
+    tiles: of at most ``block_q`` queries.
+    short_tiles: of at most ``short_q``; None where there are none.
     pieces int32 [R, capacity]: key ranges of the grouped order as start * 256 + length; whole ones first; empty ones
         fill the last chunk.
     counts int32 [R, 2]: whole pieces, and all pieces that are not empty.
@@ -49,8 +62,8 @@ class WorkLists(NamedTuple):
     skipped int32 [R, ceil(Gk / 32)]: bits of the groups with keys that a row passes over, padding on neither side.
     """
 
-    tiles: Tensor
-    n_tiles: Tensor
+    tiles: Tiles
+    short_tiles: Tiles | None
     pieces: Tensor
     counts: Tensor
     kept_keys: Tensor
@@ -99,33 +112,47 @@ def work_lists(plan: Plan, queries: int, keys: int, tiling: Tiling) -> WorkLists
         warps=max(1, groups_at_once // GROUPS_OF_WARP),
         stages=1,
     )
-    tiles, n_tiles = _tiles(plan.q_offsets.contiguous(), counts, queries, tiling.block_q)
-    return WorkLists(tiles, n_tiles, pieces, counts, kept_keys, skipped)
-
-
-def _tiles(q_offsets: Tensor, counts: Tensor, queries: int, block_q: int) -> tuple[Tensor, Tensor]:
-    """Tiles int32 [n, 4] and their number int32 [1], head by head, so that the keys of a head stay in cache."""
-    batches, heads, rows = *q_offsets.shape[:2], q_offsets.shape[2] - 1
-    capacity = batches * heads * (queries // block_q + rows)
-    tiles = torch.empty((capacity, 4), dtype=torch.int32, device=q_offsets.device)
     order = counts[:, 1].view(batches, heads, rows).sort(dim=-1, descending=True, stable=True).indices
-    tiles_of_row = (q_offsets.diff() + (block_q - 1)) // block_q
-    ranked = tiles_of_row.gather(-1, order).flatten()
+    starts = plan.q_offsets[..., :-1].contiguous()
+    whole, left = _split_rows(plan.q_offsets.diff(), tiling)
+    most = batches * heads * (queries // tiling.block_q + rows)
+    tiles = _tiles(order, starts, whole, most, tiling.block_q)
+    short = None if left is None else _tiles(order, starts + whole, left, batches * heads * rows, tiling.short_q)
+    return WorkLists(tiles, short, pieces, counts, kept_keys, skipped)
+
+
+def _split_rows(sizes: Tensor, tiling: Tiling) -> tuple[Tensor, Tensor | None]:
+    """Queries of each row in tiles and in a short tile behind them: int32 as ``sizes`` [B, H, Gq]."""
+    if not tiling.short_q:
+        return sizes, None
+    rest = sizes % tiling.block_q
+    left = torch.where(rest <= tiling.short_q, rest, 0)
+    return sizes - left, left
+
+
+def _tiles(order: Tensor, starts: Tensor, sizes: Tensor, capacity: int, block_q: int) -> Tiles:
+    """Cut the queries of each row; ``order`` int64 [B, H, Gq] gives the rows of each head, those with most keys first.
+
+    Tiles of one head are neighbours, so that its keys stay in cache.
+    """
+    tiles = torch.empty((capacity, 4), dtype=torch.int32, device=sizes.device)
+    ranked = ((sizes + (block_q - 1)) // block_q).gather(-1, order).flatten()
     last = ranked.cumsum(0, dtype=torch.int32)
     launch(
         write_tiles,
-        (batches * heads * rows,),
+        (sizes.numel(),),
         order,
         last - ranked,
-        q_offsets,
+        starts,
+        sizes,
         tiles,
-        rows,
+        sizes.shape[2],
         BLOCK_Q=block_q,
         AT_ONCE=TILES_AT_ONCE,
         warps=1,
         stages=1,
     )
-    return tiles, last[-1:]
+    return Tiles(tiles, last[-1:])
 
 
 def piece_capacity(keys: int, groups: int, tiling: Tiling) -> int:
@@ -150,6 +177,9 @@ def tile_fill(plan: Plan, lists: WorkLists, tiling: Tiling) -> Tensor:
     """Attended pairs over computed pairs, float64 []: what ragged groups cost in half-filled tiles."""
     q_sizes = plan.q_offsets.diff()
     chunks = -(-lists.counts[:, 1].view_as(q_sizes) // tiling.pieces_per_chunk)
-    tiles = -(-q_sizes // tiling.block_q)
-    computed = (tiles * chunks).double().sum() * (tiling.block_q * tiling.block_k)
+    whole, left = _split_rows(q_sizes, tiling)
+    lanes = -(-whole // tiling.block_q) * tiling.block_q
+    if left is not None:
+        lanes = lanes + torch.where(left > 0, tiling.short_q, 0)
+    computed = (lanes * chunks).double().sum() * tiling.block_k
     return (q_sizes.double() * lists.kept_keys).sum() / computed
