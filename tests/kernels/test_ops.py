@@ -194,7 +194,7 @@ def test_the_body_of_the_reference_compiles_as_one_graph(body):
 def test_an_unknown_kernel_is_refused_in_words():
     args = list(plan_args("reference"))
     args[-1] = "fast"
-    with pytest.raises(SparseAttentionError, match=r"kernel must be one of cpu, reference; got 'fast'"):
+    with pytest.raises(SparseAttentionError, match=r"kernel must be one of triton, cpu, reference; got 'fast'"):
         OPS.plan_top_p(*args)
 
 
