@@ -102,7 +102,7 @@ def trials(
     blocks = random_plan(device, tokens, heads, 64, 64, ordered=False, generator=generator)
     sides = Groups(None, blocks.q_offsets), Groups(None, blocks.k_offsets)
     yield Trial(
-        tuning.entry("block_mass", mass.problem(dtype, size)),
+        tuning.entry("block_mass", tuning.problem(dtype, size)),
         mass_candidates(gpu, dtype, size),
         lambda config: mass.block_mass(q, k, lse, ready, *sides, 64, scale, 1, True, config=config),
     )
@@ -110,7 +110,7 @@ def trials(
     centroids = [torch.randn(1, heads, c, size, generator=generator, device=device).to(dtype) for c in clusters]
     spans = [0, tokens]
     yield Trial(
-        tuning.entry("kmeans", kmeans.problem(dtype, size)),
+        tuning.entry("kmeans", tuning.problem(dtype, size)),
         assign_candidates(gpu, dtype, size),
         lambda config: kmeans.cluster_both(
             q, k, None, None, spans, spans, centroids[0], centroids[1], ready, False, 1, 0, assign=config

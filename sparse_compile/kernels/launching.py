@@ -85,6 +85,11 @@ def architecture_family(architecture: int) -> int:
     return max((known for known in ARCHITECTURES if known <= architecture), default=min(ARCHITECTURES))
 
 
+def lanes(size: int, least: int = 16) -> int:
+    """The least power of two that holds ``size`` elements, and no less than ``least``: the side of a tile."""
+    return max(least, 1 << max(0, size - 1).bit_length())
+
+
 def launch(
     kernel: Any, grid: tuple[int, ...], *arguments: object, warps: int, stages: int, **constants: object
 ) -> None:

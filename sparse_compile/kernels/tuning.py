@@ -38,6 +38,11 @@ def chosen(kernel: str, problem: str, candidates: Sequence[Config], x: Tensor) -
     return next((row for row in candidates if list(row) == measured), candidates[0])
 
 
+def problem(dtype: torch.dtype, size: int) -> str:
+    """What a measurement holds for where only the dtype and the head size matter."""
+    return f"{dtype}, {size}"
+
+
 def entry(kernel: str, problem: str) -> str:
     """The key of a measurement."""
     return f"{kernel}/{sources_of(kernel)}/{problem}"

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from kernel_oracles import DTYPES, fields_of, inputs, labels_of, packed, random_plan, random_tensor
+from plan_placement import moved
 
 from sparse_compile.error_budget import nan_filled_empty
 from sparse_compile.kernels.kept_mass import reference, triton_kernels, triton_launch
@@ -17,10 +18,6 @@ from sparse_compile.plan import Plan
 SCALE = 0.25
 TINY = Config(16, 32, 1, 1)
 """Several tiles of rows and splits of keys even where there are few of each."""
-
-
-def moved(plan, device):
-    return Plan(*(None if x is None else x.to(device) for x in fields_of(plan)))
 
 
 def in_place(plan):

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from sparse_compile.kernels.launching import Device
+from sparse_compile.kernels.launching import Device, lanes
 
 LARGEST_ROW = 8192
 """Groups of a row that one program holds in its registers."""
@@ -51,9 +51,7 @@ def row_candidates(device: Device, dtype: torch.dtype, size: int) -> tuple[RowCo
         dtype: unused: keys are integers.
         size: groups of a row, at most `LARGEST_ROW`.
     """
-    lanes = max(SMALLEST_ROW, 1 << (size - 1).bit_length())
-    order = (
-        (8, 16, 32) if lanes <= 2048 else (16, 32)
-    )  # lanes of a thread; more warps than 16 would leave it too little
-    warps = [min(16, max(1, lanes // (32 * per_thread))) for per_thread in order]
-    return tuple(RowConfig(lanes, number, 1) for number in dict.fromkeys(warps))
+    row = lanes(size, SMALLEST_ROW)
+    order = (8, 16, 32) if row <= 2048 else (16, 32)  # lanes of a thread; more warps than 16 would leave it too little
+    warps = [min(16, max(1, row // (32 * per_thread))) for per_thread in order]
+    return tuple(RowConfig(row, number, 1) for number in dict.fromkeys(warps))

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from sparse_compile.kernels.launching import Device, architecture_family
+from sparse_compile.kernels.launching import Device, architecture_family, lanes
 
 
 class Config(NamedTuple):
@@ -51,5 +51,5 @@ def candidates(device: Device, dtype: torch.dtype, size: int) -> tuple[Config, .
 
 def shared_memory(config: Config, size: int, item: int) -> int:
     """Bytes that the tiles of rows and of keys take, and some for sums across warps."""
-    padded = max(16, 1 << (size - 1).bit_length())
+    padded = lanes(size)
     return (config.block_m + config.stages * config.block_n) * padded * item + 4096

@@ -10,8 +10,8 @@ from torch import Tensor
 from sparse_compile.kernels.block_mass.configs import Config, candidates
 from sparse_compile.kernels.block_mass.reference import LARGEST_EXPONENT, LOG2_E, MOST_SPREAD
 from sparse_compile.kernels.block_mass.triton_kernels import fill_slots, judge_heads, renew_lse, sum_blocks
-from sparse_compile.kernels.launching import device_of, launch
-from sparse_compile.kernels.tuning import chosen
+from sparse_compile.kernels.launching import device_of, lanes, launch
+from sparse_compile.kernels.tuning import chosen, problem
 from sparse_compile.plan import Groups
 
 SLOTS_AT_ONCE = 1024
@@ -85,8 +85,8 @@ def block_mass(
     config = config or chosen("block_mass", problem(q.dtype, q.shape[3]), rows, q)
     b, h = q.shape[:2]
     spread = q.new_zeros((b, h), dtype=torch.float32)
-    looks = _slots(query, _power_of_two(-(-largest_group // row_stride)), row_stride)
-    keys = _slots(key, max(FEWEST_KEY_SLOTS, _power_of_two(largest_group)), 1)
+    looks = _slots(query, lanes(-(-largest_group // row_stride), 1), row_stride)
+    keys = _slots(key, lanes(largest_group, FEWEST_KEY_SLOTS), 1)
     pieces = looks.pieces(config.block_m)
     mass = q.new_empty((b, h, looks.groups + 1, keys.groups + 1), dtype=torch.float32)
     sums = mass if pieces == looks.groups else mass.new_empty((b, h, pieces, keys.groups))
@@ -94,7 +94,7 @@ def block_mass(
     if fresh:
         _sum_blocks(*tensors, scale, row_stride, config)
     else:
-        every_row = looks if row_stride == 1 else _slots(query, _power_of_two(largest_group), 1)
+        every_row = looks if row_stride == 1 else _slots(query, lanes(largest_group, 1), 1)
         usable = torch.empty((b, h), dtype=torch.int32, device=q.device)
         measured = Measured(mass.new_empty(looks.token.shape), usable)
         _sum_blocks(*tensors, scale, row_stride, config, measured)
@@ -247,12 +247,7 @@ def _renew_lse(
 
 
 def _head_size(q: Tensor) -> dict[str, int]:
-    return {"D": q.shape[3], "D_PAD": max(16, _power_of_two(q.shape[3]))}
-
-
-def _power_of_two(n: int) -> int:
-    """The least power of two that is no less than n."""
-    return 1 << max(0, n - 1).bit_length()
+    return {"D": q.shape[3], "D_PAD": lanes(q.shape[3])}
 
 
 def _added(sums: Tensor, groups: int) -> Tensor:
@@ -263,8 +258,3 @@ def _added(sums: Tensor, groups: int) -> Tensor:
     for part in parts[1:]:
         total = total + part
     return total
-
-
-def problem(dtype: torch.dtype, size: int) -> str:
-    """What a measurement of the configurations holds for."""
-    return f"{dtype}, {size}"

@@ -12,7 +12,7 @@ from sparse_compile.kernels.block_sparse_attention.configs import AttentionConfi
 from sparse_compile.kernels.block_sparse_attention.descriptors import descriptor, fits_descriptor
 from sparse_compile.kernels.block_sparse_attention.head_slices import head_slices
 from sparse_compile.kernels.block_sparse_attention.triton_kernels import attend_tiles
-from sparse_compile.kernels.launching import device_of, launch
+from sparse_compile.kernels.launching import device_of, lanes, launch
 from sparse_compile.kernels.permutation.triton_launch import gather_rows
 from sparse_compile.kernels.token_blocks.valid_first import valid_first
 from sparse_compile.kernels.tuning import chosen
@@ -173,7 +173,7 @@ def _attend(
     kept_keys.copy_(lists.kept_keys)
     if plan.k_order is not None:
         k, v = gather_rows(k, v, plan.k_order)
-    size_padded, value_padded = (max(16, 1 << (x - 1).bit_length()) for x in (size, value_size))
+    size_padded, value_padded = (lanes(x) for x in (size, value_size))
     widest = max(size_padded, value_padded) * q.element_size()
     absent = lists.pieces  # stands for what a constant switches off
     coupling = None if pooled is None else pooled.coupling

@@ -11,7 +11,7 @@ from sparse_compile.kernels.kept_mass import triton_kernels
 from sparse_compile.kernels.kept_mass.configs import ORDER_BLOCK, PROGRAMS_PER_MULTIPROCESSOR, Config, candidates
 from sparse_compile.kernels.kept_mass.reference import ROLE
 from sparse_compile.kernels.kmeans.stratified import one_of_each_stratum_of_heads
-from sparse_compile.kernels.launching import Device, device_of, launch
+from sparse_compile.kernels.launching import Device, device_of, lanes, launch
 from sparse_compile.kernels.permutation.group_of_position import group_at_position, groups_of
 from sparse_compile.kernels.token_blocks.spans import inside
 from sparse_compile.plan import Groups, Plan
@@ -57,7 +57,7 @@ def kept_mass(
     q_group = _groups_of_tokens(plan.query_side, token)
     k_order = None if plan.k_order is None else plan.k_order.contiguous()
     k_offsets, keep = plan.k_offsets.contiguous(), plan.keep.contiguous()
-    block_rows = min(chosen.block_rows, _power_of_two(rows))
+    block_rows = min(chosen.block_rows, lanes(rows))
     tiles = -(-rows // block_rows)
     splits, split_tokens = _splits(keys, heads * tiles, device, chosen.block_keys)
     partials = torch.empty((batches, heads, splits, 3, rows), dtype=torch.float32, device=q.device)
@@ -88,7 +88,7 @@ def kept_mass(
         0 if k_order is None else keys,
         HAS_ORDER=k_order is not None,
         D=size,
-        D_PAD=_power_of_two(size),
+        D_PAD=lanes(size),
         BLOCK_ROWS=block_rows,
         BLOCK_KEYS=chosen.block_keys,
         PRECISION="tf32x3" if q.dtype is torch.float32 else "ieee",
@@ -144,8 +144,3 @@ def _splits(tokens: int, programs: int, device: Device, block_keys: int) -> tupl
     wanted = max(1, min(wanted, -(-tokens // block_keys)))
     split_tokens = -(-tokens // (wanted * block_keys)) * block_keys
     return -(-tokens // split_tokens), split_tokens
-
-
-def _power_of_two(size: int) -> int:
-    """The next power of two that a block may have along a dimension."""
-    return max(SMALLEST_BLOCK, 1 << (size - 1).bit_length())

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from sparse_compile.kernels.launching import Device, architecture_family
+from sparse_compile.kernels.launching import Device, architecture_family, lanes
 
 
 class Assign(NamedTuple):
@@ -51,11 +51,11 @@ def assign_candidates(device: Device, dtype: torch.dtype, size: int) -> tuple[As
         table = _ASSIGN_FLOAT32
     else:
         table = _ASSIGN[architecture_family(device.architecture)] if size <= 128 else _ASSIGN_WIDE
-    row = max(16, 1 << (size - 1).bit_length()) * dtype.itemsize
+    row = lanes(size) * dtype.itemsize
     return tuple(c for c in table if (c.points + c.stages * c.centroids) * row <= device.shared_memory)
 
 
 def update_candidates(device: Device, dtype: torch.dtype, size: int) -> tuple[Update, ...]:
     """Tiles of `update`, best first. Sixteen kilobytes of float32 rows keep many programs on a multiprocessor."""
-    most = max(8, 4096 // max(16, 1 << (size - 1).bit_length()))
+    most = max(8, 4096 // lanes(size))
     return (Update(most, 4, 2), Update(most, 2, 2), Update(2 * most, 4, 2))

@@ -13,19 +13,18 @@ from torch import Tensor
 
 from sparse_compile.kernels.kmeans import configs, triton_kernels
 from sparse_compile.kernels.kmeans.stratified import one_of_each_stratum_of_heads
-from sparse_compile.kernels.launching import device_of, launch
+from sparse_compile.kernels.launching import device_of, lanes, launch
 from sparse_compile.kernels.permutation.triton_launch import (
     TOKENS_AT_ONCE,
     Grouping,
     blocks_of,
     grouping,
-    lanes,
     rows_without_gaps,
     sort_both,
     stride_unit,
     workspace,
 )
-from sparse_compile.kernels.tuning import chosen
+from sparse_compile.kernels.tuning import chosen, problem
 
 ROLES = (0, 1)
 """Of queries and keys, in `one_of_each_stratum`."""
@@ -238,8 +237,3 @@ def _strides(tensors: tuple[Tensor, ...], unit: int) -> tuple[int, ...]:
 
 def _lanes(size: int) -> dict[str, int]:
     return {"D": size, "D_PAD": lanes(size)}
-
-
-def problem(dtype: torch.dtype, size: int) -> str:
-    """What a measurement of the configurations holds for."""
-    return f"{dtype}, {size}"

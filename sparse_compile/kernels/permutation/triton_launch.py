@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sparse_compile.kernels.launching import launch
+from sparse_compile.kernels.launching import lanes, launch
 from sparse_compile.kernels.permutation import reference, triton_kernels
 
 MOST_GROUPS = 4096
@@ -213,11 +213,6 @@ def rows_without_gaps(x: Tensor) -> Tensor:
 def stride_unit(*tensors: Tensor) -> int:
     """The number of elements that all strides above the last are multiples of: 8 or 1."""
     return 8 if all(stride % 8 == 0 for x in tensors for stride in x.stride()[:-1]) else 1
-
-
-def lanes(size: int) -> int:
-    """Lanes that hold a row of ``size`` elements."""
-    return max(16, 1 << (size - 1).bit_length())
 
 
 def blocks_of(count: int, size: int) -> int:

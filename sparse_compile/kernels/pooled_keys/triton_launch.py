@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparse_compile.kernels.launching import Device, device_of, launch
+from sparse_compile.kernels.launching import Device, device_of, lanes, launch
 from sparse_compile.kernels.permutation.group_of_position import group_at_position
 from sparse_compile.kernels.pooled_keys import triton_kernels
 from sparse_compile.kernels.pooled_keys.configs import (
@@ -18,7 +18,6 @@ from sparse_compile.kernels.pooled_keys.configs import (
 )
 from sparse_compile.kernels.token_blocks.spans import inside
 
-SMALLEST_BLOCK = 16
 """The least that ``tl.dot`` takes along a dimension."""
 ELEMENTS_AT_ONCE = 1024
 
@@ -74,8 +73,8 @@ def pooled_keys(
         HAS_ORDER=order is not None,
         D=size,
         DV=value_size,
-        D_PAD=_power_of_two(size),
-        DV_PAD=_power_of_two(value_size),
+        D_PAD=lanes(size),
+        DV_PAD=lanes(value_size),
         BLOCK_ROWS=config.block_rows,
         warps=config.warps,
         stages=config.stages,
@@ -103,8 +102,8 @@ def _coupling(
     """
     batches, heads, tokens, size = k.shape
     groups, value_size = mean_k.shape[2], v.shape[3]
-    block_d = min(config.block_size, _power_of_two(size))
-    block_dv = min(config.block_size, _power_of_two(value_size))
+    block_d = min(config.block_size, lanes(size))
+    block_dv = min(config.block_size, lanes(value_size))
     pieces = -(-size // block_d) * -(-value_size // block_dv)
     chunks, chunk_tokens = _chunks(tokens, heads * pieces, device, config.block_rows)
     partials = torch.empty((batches, heads, chunks, size, value_size), dtype=torch.float32, device=k.device)
@@ -164,8 +163,3 @@ def _chunks(tokens: int, programs: int, device: Device, block_rows: int) -> tupl
     wanted = max(1, min(wanted, MOST_CHUNKS, -(-tokens // block_rows)))
     chunk_tokens = max(1, -(-tokens // (wanted * block_rows))) * block_rows
     return max(1, -(-tokens // chunk_tokens)), chunk_tokens
-
-
-def _power_of_two(size: int) -> int:
-    """The next power of two that a block may have along a dimension."""
-    return max(SMALLEST_BLOCK, 1 << (size - 1).bit_length())

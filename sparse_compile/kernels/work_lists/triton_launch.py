@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sparse_compile.kernels.launching import launch
+from sparse_compile.kernels.launching import lanes, launch
 from sparse_compile.kernels.work_lists.triton_kernels import expand_rows, write_tiles
 from sparse_compile.plan import Plan
 
@@ -91,7 +91,7 @@ def work_lists(plan: Plan, queries: int, keys: int, tiling: Tiling) -> WorkLists
     counts = torch.empty((batches * heads * rows, 2), dtype=torch.int32, device=device)
     kept_keys = torch.empty((batches, heads, rows), dtype=torch.int32, device=device)
     skipped = torch.empty((batches * heads * rows, words), dtype=torch.int32, device=device)
-    groups_at_once = max(32, min(GROUPS_AT_ONCE, 1 << (plan.key_groups - 1).bit_length()))
+    groups_at_once = min(GROUPS_AT_ONCE, lanes(plan.key_groups, 32))
     launch(
         expand_rows,
         (batches * heads * rows,),
