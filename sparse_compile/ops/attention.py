@@ -44,7 +44,7 @@ def _attention_with_lse(
 
         triton_launch.attention_with_lse(q, k, v, q_valid, k_valid, padded_queries_attend, scale, out, lse)
     elif chosen == "cpu":
-        from sparse_compile.kernels.block_mass import cpu
+        from sparse_compile.kernels.block_sparse_attention import cpu
 
         cpu.attention_with_lse(q, k, v, q_valid, k_valid, padded_queries_attend, scale, out, lse)
     else:

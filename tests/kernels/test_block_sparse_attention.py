@@ -21,7 +21,7 @@ from kernel_oracles import (
 )
 
 from sparse_compile.error_budget import assert_within_error_budget, nan_filled_empty
-from sparse_compile.kernels.block_sparse_attention import cpu, cpu_tail, reference
+from sparse_compile.kernels.block_sparse_attention import reference
 from sparse_compile.plan import Plan, PooledKeys, pack_bits
 
 RELATIVE_ERROR = {torch.bfloat16: 3e-3, torch.float16: 4e-4}
@@ -305,28 +305,12 @@ def test_one_cluster_of_all_tokens_equals_dense_attention(kernel):
     assert torch.allclose(out, F.scaled_dot_product_attention(x, x, v, scale=0.2), atol=2e-6)
 
 
-@pytest.mark.parametrize(("kernel", "module"), [("reference", reference), ("cpu", cpu_tail)])
-def test_a_kernel_in_small_pieces_equals_the_kernel_in_one(kernel, module, monkeypatch):
+def test_the_reference_in_small_pieces_equals_the_reference_in_one(monkeypatch):
     q, k, v = random_inputs(301, 203, 40)
     plan = random_plan(2, 2, 1, 301, 203)
     for pooled in (None, pooled_keys(k, v, plan)):
         with monkeypatch.context() as patched:
-            whole, lse = attend(q, k, v, plan, 0.2, pooled=pooled, kernel=kernel)
-            patched.setattr(module, "SCORES_AT_ONCE", 203 * 64)
-            pieces, lse_of_pieces = attend(q, k, v, plan, 0.2, pooled=pooled, kernel=kernel)
+            whole, lse = attend(q, k, v, plan, 0.2, pooled=pooled, kernel="reference")
+            patched.setattr(reference, "SCORES_AT_ONCE", 203 * 64)
+            pieces, lse_of_pieces = attend(q, k, v, plan, 0.2, pooled=pooled, kernel="reference")
         assert torch.allclose(pieces, whole, atol=1e-6) and torch.allclose(lse_of_pieces, lse, atol=1e-5)
-
-
-def test_batches_hold_every_group_once_and_stay_within_memory():
-    work = [cpu.Work(g, 10 * g, 1 + g % 7, 1 + (g * 37) % 500) for g in range(200)]
-    batches = list(cpu.make_batches(work, 64, 2**14))
-    assert sorted(item.group for members in batches for item in members) == list(range(200))
-    assert len(batches) < 100
-    for members in batches:
-        longest = max(item.keys for item in members)
-        assert len(members) == 1 or len(members) * longest * 2**14 <= cpu.BYTES_AT_ONCE
-
-
-def test_large_groups_run_alone_and_unpadded():
-    work = [cpu.Work(g, 0, 4000 - 500 * g, 9000) for g in range(4)]
-    assert [len(members) for members in cpu.make_batches(work, 128, 1024)] == [1, 1, 1, 1]

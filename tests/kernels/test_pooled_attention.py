@@ -33,6 +33,11 @@ TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-5, torch.bfloat16: 1e-2, tor
 SCALE = 0.2
 
 
+def lse_tolerance(kernel, dtype):
+    """Largest error of a log-sum-exp: pooled keys may be rounded to bfloat16, as keys are (docs/cpu.md)."""
+    return 1e-3 if kernel == "cpu" and dtype is torch.bfloat16 else 1e-5
+
+
 def pool(k, v, plan, kernel="cpu", *, coupled=True, video=None):
     video = [0, k.shape[2]] if video is None else video
     *means, coupling = OPS.pooled_keys(k, v, plan.k_order, plan.k_offsets, video, coupled, kernel)
@@ -114,7 +119,7 @@ def assert_matches(q, k, v, plan, pooled, kernel, scale=SCALE):
     alive = exact_lse > -math.inf
     assert (out[~alive] == 0).all() and torch.equal(lse > -math.inf, alive)
     assert relative_error(out, exact) <= TOLERANCE[q.dtype]
-    assert ((lse - exact_lse)[alive].abs() <= 1e-5 * exact_lse[alive].abs().clamp(min=1)).all()
+    assert ((lse - exact_lse)[alive].abs() <= lse_tolerance(kernel, q.dtype) * exact_lse[alive].abs().clamp(min=1)).all()
     return out, lse
 
 
@@ -219,7 +224,7 @@ def test_a_plan_that_keeps_nothing_is_attention_to_the_pooled_keys(kernel, coupl
     expected = logits.softmax(-1) @ mean_v + (SCALE * q.double() @ coupling if coupled else 0)
     valid = valid_queries(plan)
     assert relative_error(out[valid], expected[valid]) <= TOLERANCE[dtype]
-    assert (lse - logits.logsumexp(-1))[valid].abs().max() <= 1e-5
+    assert (lse - logits.logsumexp(-1))[valid].abs().max() <= lse_tolerance(kernel, dtype)
     assert (out[~valid] == 0).all() and (lse[~valid] == -math.inf).all()
 
 
@@ -300,7 +305,7 @@ def test_large_logits_stay_finite_and_right(kernel, coupled, dtype, magnitude, s
     exact, exact_lse = exact_pooled_attention(q, k, v, plan, pool(k, v, plan, kernel, coupled=coupled), scale)
     alive = exact_lse > -math.inf
     assert relative_error(out, exact) <= (2e-5 if dtype is torch.float32 else 1e-2)
-    assert ((lse - exact_lse)[alive].abs() <= 1e-5 * exact_lse[alive].abs().clamp(min=1)).all()
+    assert ((lse - exact_lse)[alive].abs() <= lse_tolerance(kernel, q.dtype) * exact_lse[alive].abs().clamp(min=1)).all()
 
 
 @each_kernel

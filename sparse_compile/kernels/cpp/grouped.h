@@ -25,7 +25,21 @@ struct Grouping {
       : order(order_ ? order_->const_data_ptr<int32_t>() : nullptr),
         offsets(offsets_.const_data_ptr<int32_t>()),
         tokens(tokens_),
-        groups(offsets_.size(2) - 1) {}
+        groups(offsets_.size(2) - 1) {
+    TORCH_CHECK(offsets_.is_contiguous() && (!order_ || order_->is_contiguous()), "orders and offsets must be dense");
+    const int64_t heads = offsets_.size(0) * offsets_.size(1);
+    for (int64_t head = 0; head < heads; ++head) {
+      bool inside = start(head, 0) == 0 && start(head, groups) == tokens;
+      for (int64_t group = 0; group < groups; ++group) inside &= size(head, group) >= 0;
+      TORCH_CHECK(inside, "offsets of a Plan must rise from 0 to the ", tokens, " tokens; those of head ", head,
+                  " do not");
+    }
+    if (!order) return;
+    TORCH_CHECK(order_->numel() == heads * tokens, "the order of a Plan must name each token of each head once");
+    const auto [least, most] = std::minmax_element(order, order + heads * tokens);
+    TORCH_CHECK(heads * tokens == 0 || (*least >= 0 && *most < tokens), "the order of a Plan must name tokens from 0 to ",
+                tokens - 1, "; got ", *least, " to ", *most);
+  }
 
   int64_t start(int64_t head, int64_t group) const { return offsets[head * (groups + 1) + group]; }
   int64_t size(int64_t head, int64_t group) const { return start(head, group + 1) - start(head, group); }

@@ -21,23 +21,32 @@ inline void for_row_blocks(int rows, Visit visit) {
 
 inline int rounded_up(int rows) { return (rows + FEWEST_ROWS - 1) / FEWEST_ROWS * FEWEST_ROWS; }
 
+constexpr int64_t SEGMENT = 128;  // of a long depth: sums of sums lose fewer digits than one sum
+
 // scores [ROWS, PANELS * PANEL] = rows [ROWS, depth] times the keys of one or two panels, wherever they lie.
 template <class M, int ROWS, int PANELS>
 __attribute__((noinline)) void multiply_keys(const typename M::Unit* rows, int64_t row_stride,
                                              const typename M::Unit* first, const typename M::Unit* second,
                                              int64_t depth, float* scores, int64_t score_stride) {
   const typename M::Unit* const keys[2] = {first, second};
-  Vector sums[ROWS][PANELS] = {};
-  for (int64_t k = 0; k < depth; ++k) {
+  int64_t begin = 0;
+  do {
+    const int64_t end = std::min(depth, begin + SEGMENT);
+    Vector sums[ROWS][PANELS] = {};
+    for (int64_t k = begin; k < end; ++k) {
+#pragma GCC unroll 32
+      for (int i = 0; i < ROWS * PANELS; ++i) {
+        const int row = i / PANELS, panel = i % PANELS;
+        sums[row][panel] = M::multiply_add(sums[row][panel], rows[row * row_stride + k], keys[panel] + k * PANEL);
+      }
+    }
 #pragma GCC unroll 32
     for (int i = 0; i < ROWS * PANELS; ++i) {
-      const int row = i / PANELS, panel = i % PANELS;
-      sums[row][panel] = M::multiply_add(sums[row][panel], rows[row * row_stride + k], keys[panel] + k * PANEL);
+      float* to = scores + i / PANELS * score_stride + i % PANELS * PANEL;
+      store(to, begin ? load(to) + sums[i / PANELS][i % PANELS] : sums[i / PANELS][i % PANELS]);
     }
-  }
-#pragma GCC unroll 32
-  for (int i = 0; i < ROWS * PANELS; ++i)
-    store(scores + i / PANELS * score_stride + i % PANELS * PANEL, sums[i / PANELS][i % PANELS]);
+    begin = end;
+  } while (begin < depth);
 }
 
 // sums [ROWS, CHUNK] = factors [ROWS] * sums + weights [ROWS, panels * PANEL] times one chunk of the panels' values.
