@@ -12,7 +12,8 @@
 namespace sparse_compile {
 namespace {
 
-constexpr int ROWS_AT_ONCE = 12 * MOST_ROWS;
+template <class M>
+constexpr int ROWS_AT_ONCE = 12 * MOST_ROWS / BLOCK_ROWS<M> * BLOCK_ROWS<M>;
 constexpr int KEYS_AT_ONCE = 256, PANELS_AT_ONCE = KEYS_AT_ONCE / PANEL;
 constexpr int SCORE_STRIDE = KEYS_AT_ONCE + LANES;  // rows fall on different sets of the cache
 constexpr int64_t WORKSPACE_BYTES = int64_t(128) << 20;  // of packed heads at once, unless one head needs more
@@ -150,8 +151,8 @@ class Attention {
         for (int64_t j = 0; j + 1 < keys_.groups; ++j)
           if (keeps(head, group, j)) panels += layout.first(head / shared_, j + 1) - layout.first(head / shared_, j);
         // Even tiles, of whole small blocks of rows.
-        const int64_t parts = (size + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE;
-        const int rows = rounded_up(static_cast<int>((size + parts - 1) / parts));
+        const int64_t parts = (size + ROWS_AT_ONCE<M> - 1) / ROWS_AT_ONCE<M>;
+        const int rows = rounded_up<M>(static_cast<int>((size + parts - 1) / parts));
         for (int64_t row = 0; row < size; row += rows) {
           const int own = static_cast<int>(std::min<int64_t>(rows, size - row));
           tiles.push_back({head, group, queries_.start(head, group) + row, own, own * panels});
@@ -183,14 +184,15 @@ template <class M, typename T>
 class Attention<M, T>::Worker {
  public:
   explicit Worker(const Attention& call)
-      : call_(call), channels_(call.packed_.chunks * CHUNK), q_(ROWS_AT_ONCE * call.packed_.depth),
-        scores_(MOST_ROWS * SCORE_STRIDE), sums_(ROWS_AT_ONCE * channels_), change_(MOST_ROWS * channels_),
-        peak_(ROWS_AT_ONCE), total_(ROWS_AT_ONCE), pooled_total_(ROWS_AT_ONCE),
+      : call_(call), channels_(call.packed_.chunks * CHUNK), q_(ROWS_AT_ONCE<M> * call.packed_.depth),
+        scores_(BLOCK_ROWS<M> * SCORE_STRIDE), sums_(ROWS_AT_ONCE<M> * channels_), change_(BLOCK_ROWS<M> * channels_),
+        peak_(ROWS_AT_ONCE<M>), total_(ROWS_AT_ONCE<M>), pooled_total_(ROWS_AT_ONCE<M>),
         pooled_bias_(call.pooled_panels_ * PANEL) {}
 
   void attend(const Tile& tile, const PanelLayout& layout, int64_t first_key_head) {
     const int64_t key_head = tile.head / call_.shared_, own = key_head - first_key_head;
-    rows_ = rounded_up(tile.rows);
+    rows_ = rounded_up<M>(tile.rows);
+    if constexpr (USES_TILES<M>) configure_tiles();
     load_queries(tile);
     std::fill_n(sums_.data(), rows_ * channels_, 0.f);
     std::fill_n(peak_.data(), rows_, -INF);
@@ -204,6 +206,7 @@ class Attention<M, T>::Worker {
     list_kept(tile, layout, key_head);
     add_panels();
     if (pooled && call_.coupling_panels_) add_coupling(own);
+    if constexpr (USES_TILES<M>) release_tiles();
     write(tile);
     if (pooled && !call_.spoiled_[own].empty()) spoil(tile, key_head, own);
   }
@@ -264,7 +267,7 @@ class Attention<M, T>::Worker {
     for (int step = 0; step < steps; ++step) {
       const int first = static_cast<int>(int64_t(count) * step / steps);
       const int last = static_cast<int>(int64_t(count) * (step + 1) / steps);
-      for_row_blocks(rows_, [&](auto rows, int row) { this->template add_block<rows()>(row, first, last - first); });
+      for_row_blocks<M>(rows_, [&](auto rows, int row) { this->template add_block<rows()>(row, first, last - first); });
     }
   }
 
@@ -328,9 +331,9 @@ class Attention<M, T>::Worker {
     for (int64_t n = 0; n < call_.coupling_panels_; ++n)
       panels.push_back(call_.packed_coupling_ + (own * call_.coupling_panels_ + n) * call_.packed_.values);
     const int64_t depth = call_.packed_.depth;
-    for_row_blocks(rows_, [&](auto rows, int row) {
+    for_row_blocks<M>(rows_, [&](auto rows, int row) {
       std::fill_n(change_.data(), rows() * channels_, 0.f);
-      const float factors[MOST_ROWS] = {};
+      const float factors[BLOCK_ROWS<M>] = {};
       for (int64_t chunk = 0; chunk < call_.packed_.chunks; ++chunk)
         add_values<M, rows()>(q_.data() + row * depth, depth, panels.data(), static_cast<int>(panels.size()),
                               chunk * Packed<M>::PANEL_DEPTH * CHUNK, factors, change_.data() + chunk * CHUNK,

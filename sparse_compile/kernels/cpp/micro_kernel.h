@@ -1,7 +1,7 @@
 // The one inner loop of all products: a block of rows, kept in registers, times packed panels.
 #pragma once
 
-#include "panels.h"
+#include "tiles.h"
 
 namespace sparse_compile {
 
@@ -11,15 +11,25 @@ constexpr int MOST_ROWS = 12, FEWEST_ROWS = 4;  // 24 of 32 registers hold sums
 constexpr int MOST_ROWS = 6, FEWEST_ROWS = 2;  // 12 of 16
 #endif
 
-// Cut rows into blocks of MOST_ROWS, and what is left into blocks of FEWEST_ROWS: `visit(constant rows, first row)`.
-template <class Visit>
+// Rows of a block of sums: most of them, and of those at the end. Products without tiles take any mode's rows.
+template <class M>
+constexpr int BLOCK_ROWS = USES_TILES<M> ? 32 : MOST_ROWS;
+template <class M>
+constexpr int LAST_ROWS = USES_TILES<M> ? 16 : FEWEST_ROWS;
+
+// Cut rows into blocks of BLOCK_ROWS, and what is left into blocks of LAST_ROWS: `visit(constant rows, first row)`.
+template <class M = Float32, class Visit>
 inline void for_row_blocks(int rows, Visit visit) {
+  constexpr int MOST = BLOCK_ROWS<M>, LAST = LAST_ROWS<M>;
   int row = 0;
-  for (; row + MOST_ROWS <= rows; row += MOST_ROWS) visit(std::integral_constant<int, MOST_ROWS>{}, row);
-  for (; row < rows; row += FEWEST_ROWS) visit(std::integral_constant<int, FEWEST_ROWS>{}, row);
+  for (; row + MOST <= rows; row += MOST) visit(std::integral_constant<int, MOST>{}, row);
+  for (; row < rows; row += LAST) visit(std::integral_constant<int, LAST>{}, row);
 }
 
-inline int rounded_up(int rows) { return (rows + FEWEST_ROWS - 1) / FEWEST_ROWS * FEWEST_ROWS; }
+template <class M = Float32>
+inline int rounded_up(int rows) {
+  return (rows + LAST_ROWS<M> - 1) / LAST_ROWS<M> * LAST_ROWS<M>;
+}
 
 constexpr int64_t SEGMENT = 128;  // of a long depth: sums of sums lose fewer digits than one sum
 
@@ -28,6 +38,10 @@ template <class M, int ROWS, int PANELS>
 __attribute__((noinline)) void multiply_keys(const typename M::Unit* rows, int64_t row_stride,
                                              const typename M::Unit* first, const typename M::Unit* second,
                                              int64_t depth, float* scores, int64_t score_stride) {
+#if defined(SPARSE_COMPILE_TILES)
+  if constexpr (USES_TILES<M> && ROWS % TILE_ROWS == 0)
+    return multiply_keys_by_tiles<ROWS, PANELS>(rows, row_stride, first, second, depth, scores, score_stride);
+#endif
   const typename M::Unit* const keys[2] = {first, second};
   int64_t begin = 0;
   do {
@@ -54,6 +68,10 @@ template <class M, int ROWS>
 __attribute__((noinline)) void add_values(const typename M::Unit* weights, int64_t weight_stride,
                                           const typename M::Unit* const* panels, int count, int64_t offset,
                                           const float* factors, float* sums, int64_t sum_stride) {
+#if defined(SPARSE_COMPILE_TILES)
+  if constexpr (USES_TILES<M> && ROWS % TILE_ROWS == 0)
+    return add_values_by_tiles<ROWS>(weights, weight_stride, panels, count, offset, factors, sums, sum_stride);
+#endif
   constexpr int VECTORS = CHUNK / LANES, DEPTH = Packed<M>::PANEL_DEPTH;
   Vector total[ROWS][VECTORS];
 #pragma GCC unroll 32

@@ -103,7 +103,7 @@ struct Bfloat16Pairs {
 };
 
 // What the bfloat16 of this instruction set are multiplied as.
-#if defined(__AVX512BF16__)
+#if defined(__AVX512BF16__) || defined(SPARSE_COMPILE_EMULATED_TILES)
 using Bfloat16 = Bfloat16Pairs;
 #else
 using Bfloat16 = Float32;
