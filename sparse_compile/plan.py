@@ -72,8 +72,8 @@ class Plan:
         of tokens and 3e6 pairs of blocks.
         """
         q_sizes, k_sizes = self.q_offsets.diff(), self.k_offsets.diff()
-        shared = q_sizes.shape[1] // k_sizes.shape[1]
-        densities = []
+        shared = q_sizes.shape[1] // max(1, k_sizes.shape[1])
+        densities = torch.ones(q_sizes.shape[:2], dtype=torch.float32, device=q_sizes.device)
         for batch in range(q_sizes.shape[0]):
             for head in range(q_sizes.shape[1]):
                 own = k_sizes[batch, head // shared]
@@ -81,8 +81,9 @@ class Plan:
                 row_keys = torch.where(kept, own, 0).sum(-1)
                 rows = q_sizes[batch, head, :-1].double()
                 valid = rows.sum() * own[:-1].sum()
-                densities.append(torch.where(valid > 0, rows @ row_keys[:-1].double() / valid.clamp(min=1), 1.0))
-        return torch.stack(densities).view(q_sizes.shape[:2]).float()
+                attended = rows @ row_keys[:-1].double()
+                densities[batch, head] = torch.where(valid > 0, attended / valid.clamp(min=1), 1.0)
+        return densities
 
 
 @dataclass(frozen=True)

@@ -119,7 +119,9 @@ def assert_matches(q, k, v, plan, pooled, kernel, scale=SCALE):
     alive = exact_lse > -math.inf
     assert (out[~alive] == 0).all() and torch.equal(lse > -math.inf, alive)
     assert relative_error(out, exact) <= TOLERANCE[q.dtype]
-    assert ((lse - exact_lse)[alive].abs() <= lse_tolerance(kernel, q.dtype) * exact_lse[alive].abs().clamp(min=1)).all()
+    assert (
+        (lse - exact_lse)[alive].abs() <= lse_tolerance(kernel, q.dtype) * exact_lse[alive].abs().clamp(min=1)
+    ).all()
     return out, lse
 
 
@@ -305,7 +307,9 @@ def test_large_logits_stay_finite_and_right(kernel, coupled, dtype, magnitude, s
     exact, exact_lse = exact_pooled_attention(q, k, v, plan, pool(k, v, plan, kernel, coupled=coupled), scale)
     alive = exact_lse > -math.inf
     assert relative_error(out, exact) <= (2e-5 if dtype is torch.float32 else 1e-2)
-    assert ((lse - exact_lse)[alive].abs() <= lse_tolerance(kernel, q.dtype) * exact_lse[alive].abs().clamp(min=1)).all()
+    assert (
+        (lse - exact_lse)[alive].abs() <= lse_tolerance(kernel, q.dtype) * exact_lse[alive].abs().clamp(min=1)
+    ).all()
 
 
 @each_kernel

@@ -1,0 +1,198 @@
+"""The C++ attention: every instruction set that runs here, threads, reused memory, odd views, plans that are wrong."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from attention_cases import assert_matches_exact, random_inputs
+from kernel_oracles import DTYPES, OPS, assert_same_bits, attend, labels_of, packed, random_plan, random_tensor
+
+from sparse_compile.kernels.cpp import build, isa
+from sparse_compile.plan import Plan, PooledKeys
+
+TILES = isa.Isa("emulated_tiles", (*isa.LEVELS["avx512_bf16"].flags, "-DSPARSE_COMPILE_EMULATED_TILES"))
+"""The AMX path with its tile instructions as functions."""
+SCALE = 0.125
+
+
+def levels() -> Iterator[object]:
+    """The level that users get here, and, as slow cases since each is a build, all others that run here."""
+    best = isa.detected()
+    yield pytest.param(best, id=best.name)
+    others = [level for level in isa.runnable() if level != best]
+    if isa.LEVELS["avx512_bf16"] in isa.runnable():
+        others.append(TILES)
+    for level in others:
+        yield pytest.param(level, id=level.name, marks=pytest.mark.slow)
+
+
+@pytest.fixture(params=levels())
+def level(request: pytest.FixtureRequest) -> Iterator[isa.Isa]:
+    with build.using(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
+
+
+def pooled_of(k, v, plan, coupled):
+    *means, coupling = OPS.pooled_keys(k, v, plan.k_order, plan.k_offsets, [0, k.shape[2]], coupled, "reference")
+    return PooledKeys(*means, coupling if coupled else None)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("queries", "keys", "size", "value_size"),
+    [(1, 1, 8, 8), (65, 63, 40, 24), (300, 1000, 64, 72), (301, 203, 128, 136), (40, 520, 256, 256)],
+)
+def test_every_instruction_set_is_within_budget(level, dtype, queries, keys, size, value_size):
+    q, k, v = random_inputs(queries, keys, size, value_size, heads=(4, 2), dtype=dtype)
+    assert_matches_exact(q, k, v, random_plan(2, 4, 2, queries, keys, 4, 40), size**-0.5, "cpu")
+
+
+@pytest.mark.parametrize("coupled", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_pooled_keys_on_every_instruction_set(level, dtype, coupled):
+    q, k, v = random_inputs(301, 403, 40, 72, heads=(4, 2), dtype=dtype)
+    plan = random_plan(2, 4, 2, 301, 403, 5, 37, share=0.3)
+    pooled = pooled_of(k, v, plan, coupled)
+    out, lse = attend(q, k, v, plan, SCALE, pooled=pooled)
+    expected, expected_lse = attend(*(x.double() for x in (q, k, v)), plan, SCALE, pooled=pooled, kernel="reference")
+    error = (out.double() - expected).norm() / expected.norm()
+    assert error <= {torch.float32: 1e-6, torch.float16: 4e-4, torch.bfloat16: 4e-3}[dtype]
+    finite = expected_lse.isfinite()
+    assert torch.equal(lse.isfinite(), finite)
+    assert (lse - expected_lse)[finite].abs().max() <= (1e-3 if dtype is torch.bfloat16 else 1e-5)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_skipped_never_leaks(level, dtype, value):
+    q, k, v = random_inputs(90, 211, 40, heads=(2, 2), dtype=dtype)
+    plan = random_plan(2, 2, 2, 90, 211, 3, 30, share=0.5)
+    kept = plan.kept()
+    kept[:, :, :, 4] = False
+    plan = Plan(plan.q_order, plan.q_offsets, plan.k_order, plan.k_offsets, packed(kept))
+    expected = attend(q, k, v, plan, SCALE)
+    skipped = labels_of(plan.k_order, plan.k_offsets) == 4
+    assert skipped.any()
+    for x in (k, v):
+        x.masked_fill_(skipped.unsqueeze(-1), value)
+    assert_same_bits(attend(q, k, v, plan, SCALE), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_threads_and_repeats_change_no_bit(dtype, two_threads):
+    q, k, v = random_inputs(700, 900, 64, heads=(4, 2), dtype=dtype)
+    plan = random_plan(2, 4, 2, 700, 900, 6, 50)
+    pooled = pooled_of(k, v, plan, True)
+    first = attend(q, k, v, plan, SCALE, pooled=pooled)
+    assert_same_bits(attend(q, k, v, plan, SCALE, pooled=pooled), first)
+    torch.set_num_threads(1)
+    assert_same_bits(attend(q, k, v, plan, SCALE, pooled=pooled), first)
+
+
+def test_memory_kept_from_a_call_of_nan_touches_no_later_one():
+    q, k, v = random_inputs(130, 150, 40)
+    plan = random_plan(2, 2, 1, 130, 150)
+    pooled = pooled_of(k, v, plan, True)
+    expected = attend(q, k, v, plan, SCALE, pooled=pooled)
+    large = [torch.full_like(x, math.nan) for x in random_inputs(500, 900, 128)]
+    attend(*large, random_plan(2, 2, 1, 500, 900, 3, 60), SCALE)
+    assert_same_bits(attend(q, k, v, plan, SCALE, pooled=pooled), expected)
+
+
+def test_calls_of_two_python_threads_do_not_meet():
+    cases = [
+        (random_inputs(200 + 50 * n, 300, 64, heads=(2, 2)), random_plan(2, 2, 2, 200 + 50 * n, 300)) for n in (0, 1)
+    ]
+    expected = [attend(*tensors, plan, SCALE) for tensors, plan in cases]
+    with ThreadPoolExecutor(2) as pool:
+        runs = [pool.submit(attend, *cases[n % 2][0], cases[n % 2][1], SCALE) for n in range(40)]
+        for n, run in enumerate(runs):
+            assert_same_bits(run.result(), expected[n % 2])
+
+
+def oddly_placed(x):
+    """The same numbers at an odd offset of a larger storage."""
+    storage = torch.full((x.numel() + 3,), math.nan, dtype=x.dtype)
+    return storage[3:].view(x.shape).copy_(x)
+
+
+VIEWS = {
+    "token-major": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    "last dimension first": lambda x: x.permute(3, 0, 1, 2).contiguous().permute(1, 2, 3, 0),
+    "odd offset": oddly_placed,
+    "rows of a wider tensor": lambda x: torch.cat([x, torch.full_like(x[..., :5], math.nan)], -1)[..., : x.shape[3]],
+}
+
+
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_views_change_no_bit(dtype, view):
+    tensors = random_inputs(130, 150, 40, dtype=dtype)
+    plan = random_plan(2, 2, 1, 130, 150)
+    viewed = [VIEWS[view](x) for x in tensors]
+    assert_same_bits(attend(*viewed, plan, SCALE), attend(*tensors, plan, SCALE))
+
+
+def test_a_batch_stride_of_zero():
+    q, k, v = random_inputs(130, 150, 40, batch=1)
+    plan = random_plan(3, 2, 1, 130, 150)
+    expanded = [x.expand(3, -1, -1, -1) for x in (q, k, v)]
+    assert_same_bits(attend(*expanded, plan, SCALE), attend(*(x.contiguous() for x in expanded), plan, SCALE))
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.3, 1e-30])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_any_scale(dtype, scale):
+    q, k, v = random_inputs(90, 110, 24, dtype=dtype)
+    plan = random_plan(2, 2, 1, 90, 110, share=0.4)
+    pooled = pooled_of(k, v, plan, True)
+    out, lse = attend(q, k, v, plan, scale, pooled=pooled)
+    expected, expected_lse = attend(q, k, v, plan, scale, pooled=pooled, kernel="reference")
+    assert torch.allclose(out.float(), expected.float(), atol=1e-6 if dtype is torch.float32 else 2e-2)
+    assert torch.allclose(lse, expected_lse, atol=1e-3 if dtype is torch.bfloat16 else 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("queries", "keys", "size", "value_size", "batch"),
+    [(0, 5, 8, 8, 1), (5, 0, 8, 8, 1), (5, 5, 0, 8, 1), (5, 5, 8, 0, 1), (5, 5, 8, 8, 0)],
+)
+def test_sizes_of_zero(queries, keys, size, value_size, batch):
+    q, k = random_tensor(batch, 2, queries, size), random_tensor(batch, 2, keys, size)
+    v = random_tensor(batch, 2, keys, value_size)
+    plan = random_plan(batch, 2, 2, queries, keys) if batch else random_plan(1, 2, 2, queries, keys)
+    if not batch:
+        plan = Plan(*(x[:0] for x in vars(plan).values()))
+    out, lse = attend(q, k, v, plan, SCALE)
+    expected, expected_lse = attend(q, k, v, plan, SCALE, kernel="reference") if batch else (out, lse)
+    assert out.shape == (batch, 2, queries, value_size)
+    assert torch.allclose(out, expected) and torch.allclose(lse, expected_lse)
+
+
+@pytest.mark.parametrize(
+    ("field", "place", "value", "rule"),
+    [
+        ("k_offsets", -1, 151, "must rise from 0 to the 150 tokens"),
+        ("q_offsets", 0, 1, "must rise from 0 to the 130 tokens"),
+        ("k_offsets", 3, -7, "must rise from 0"),
+        ("k_order", 10, 150, "must name tokens from 0 to 149"),
+        ("q_order", 10, -1, "must name tokens from 0 to 129"),
+    ],
+)
+def test_a_plan_that_leaves_the_tensors_is_an_error(field, place, value, rule):
+    q, k, v = random_inputs(130, 150, 40)
+    plan = random_plan(2, 2, 1, 130, 150)
+    getattr(plan, field)[1, 0, place] = value
+    with pytest.raises(RuntimeError, match=rule):
+        attend(q, k, v, plan, SCALE)
