@@ -7,12 +7,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help venv demo test test-slow lint options-table torch-versions
+.PHONY: help venv demo test test-slow sanitize lint options-table torch-versions
 
 help:
 	@echo "make demo            generate small videos, dense and sparse, and compare them"
 	@echo "make test            the tests that take seconds"
 	@echo "make test-slow       the tests that compile models"
+	@echo "make sanitize        the tests of the C++ kernels, compiled with AddressSanitizer and UBSan"
 	@echo "make lint            ruff and mypy"
 	@echo "make options-table   write the options table into README.md"
 	@echo "make torch-versions  the quick tests under each of TORCH_VERSIONS ($(TORCH_VERSIONS))"
@@ -34,6 +35,16 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m "slow and not gpu and not interpreter"
+
+# The kernels' tests with kernels that stop at a wrong access; torch is not so compiled, hence the preloaded libraries.
+SANITIZED := $(addprefix tests/kernels/,test_block_sparse_attention.py test_pooled_attention.py \
+  test_attention_with_lse.py test_block_mass.py test_kmeans.py test_pooled_keys.py) \
+  $(wildcard tests/kernels/test_cpu_*.py)
+
+sanitize: $(STAMP)
+	CXX="$(CURDIR)/tests/sanitizing-g++" TORCHINDUCTOR_CACHE_DIR="$(CURDIR)/build/sanitize" \
+	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 $(BIN)/python -m pytest -k cpu $(SANITIZED)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

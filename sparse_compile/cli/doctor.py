@@ -15,6 +15,7 @@ import torch
 from sparse_compile.compiler.kernel_choice import why_not_triton
 from sparse_compile.config import ENV_PREFIX, FOREIGN_VARIABLES, LATER_OPTIONS, Config, belongs, declared_options
 from sparse_compile.errors import SparseAttentionError
+from sparse_compile.kernels.cpp import build, isa
 
 BACKEND = "sparse_attn"
 OLDEST_TORCH = (2, 11)
@@ -67,7 +68,9 @@ def check_versions() -> list[Finding]:
 def check_devices() -> list[Finding]:
     """What torch can compute on, and which kernels run there; plain torch is slow, but no problem of the backend."""
     cpu = f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} thread(s)"
-    findings = [Finding("cpu", f"{cpu}, cpu kernels")]
+    reason = build.why_not()  # builds them if they were not: their first use would
+    kernels = f"plain torch: {reason}" if reason else f"cpu kernels for {isa.detected().name}"
+    findings = [Finding("cpu", f"{cpu}, {kernels}")]
     for index in range(torch.cuda.device_count()):
         major, minor = torch.cuda.get_device_capability(index)
         reason = why_not_triton(torch.device("cuda", index))

@@ -9,6 +9,7 @@ import torch
 
 from sparse_compile.config import Config
 from sparse_compile.errors import SparseAttentionError
+from sparse_compile.kernels.cpp import build
 
 OLDEST_TRITON = (3, 6)
 """What torch 2.11, the oldest that is supported, comes with."""
@@ -30,6 +31,8 @@ class KernelChoice(NamedTuple):
 def choose_kernel(config: Config, inputs: Iterable[Any]) -> KernelChoice:
     """The implementation for the device of a graph's tensors: asked for, or the best there is.
 
+    The first graph on a CPU may build the CPU kernels here.
+
     Args:
         config: the options.
         inputs: the example inputs of the graph.
@@ -44,14 +47,13 @@ def choose_kernel(config: Config, inputs: Iterable[Any]) -> KernelChoice:
         raise SparseAttentionError("kernel='cpu' needs tensors on the CPU", types, "Use kernel='auto'.")
     if config.kernel == "triton" and on_cpu:
         raise SparseAttentionError("kernel='triton' needs tensors on a CUDA device", types, "Use kernel='auto'.")
-    if config.kernel == "auto" and on_cpu:
-        return KernelChoice("cpu")
-    if config.kernel in ("cpu", "reference"):
-        return KernelChoice(config.kernel)
-    reason = next((why for device in devices if (why := why_not_triton(device))), "")
-    if reason and config.kernel == "triton":
-        raise SparseAttentionError(f"kernel='triton' cannot run: {reason}", types, "Use kernel='auto'.")
-    return KernelChoice("reference", reason) if reason else KernelChoice("triton")
+    if config.kernel == "reference":
+        return KernelChoice("reference")
+    best = "cpu" if on_cpu else "triton"
+    reason = build.why_not() if on_cpu else next((why for device in devices if (why := why_not_triton(device))), "")
+    if reason and config.kernel == best:
+        raise SparseAttentionError(f"kernel={best!r} cannot run: {reason}", types, "Use kernel='auto'.")
+    return KernelChoice("reference", reason) if reason else KernelChoice(best)
 
 
 def why_not_triton(device: torch.device) -> str:

@@ -32,7 +32,7 @@ def source_hash() -> str:
     """Hash of all sources of the package."""
     root = Path(__file__).parents[1]
     digest = hashlib.sha256()
-    for path in sorted(path for pattern in ("*.py", "*.cpp") for path in root.rglob(pattern)):
+    for path in sorted(path for pattern in ("*.py", "*.cpp", "*.h") for path in root.rglob(pattern)):
         digest.update(path.relative_to(root).as_posix().encode())
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]

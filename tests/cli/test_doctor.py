@@ -5,6 +5,8 @@ import torch
 
 from sparse_compile.cli import doctor
 from sparse_compile.cli.main import main
+from sparse_compile.kernels.cpp import build
+from sparse_compile.kernels.cpp.isa import detected
 
 
 def test_a_sound_installation_has_no_problem(capsys):
@@ -69,6 +71,13 @@ def test_a_missing_compiler_is_a_problem(monkeypatch):
     assert "my-cxx" in doctor.check_cpp_compiler({"CXX": "my-cxx -O2"}).value
 
 
+def test_a_cpu_without_its_kernels_has_the_reason_and_no_problem(monkeypatch):
+    monkeypatch.setattr(build, "why_not", lambda: "g++ failed, out of memory: set CXX")
+    cpu = doctor.check_devices()[0]
+    assert cpu.value.endswith(" thread(s), plain torch: g++ failed, out of memory: set CXX")
+    assert not cpu.problem
+
+
 def test_an_old_torch_is_a_problem(monkeypatch):
     monkeypatch.setattr(torch, "__version__", "2.10.1")
     assert [finding.subject for finding in doctor.check_versions() if finding.problem] == ["torch"]
@@ -83,7 +92,7 @@ def test_each_gpu_is_listed_with_the_kernels_that_run_there(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capabilities[number[device]])
     monkeypatch.setattr("triton.__version__", "3.6.0")
     cpu, new, old = doctor.check_devices()
-    assert cpu.value.endswith("cpu kernels")
+    assert cpu.value.endswith(f"cpu kernels for {detected().name}")
     assert new.subject == "cuda:0" and new.value == "Some GPU, sm_90, triton 3.6.0 kernels"
     assert old.value.startswith("Some GPU, sm_75, plain torch: ") and "kernels need sm_80 or newer" in old.value
     assert not any(finding.problem for finding in (new, old))

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import sys
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
+from cpp_sources import cache, use_compiler
+from toy_models import EAGER, Stack, tokens
 
+import sparse_compile
 from sparse_compile.compiler.kernel_choice import KernelChoice, choose_kernel
 from sparse_compile.config import Config
 from sparse_compile.errors import SparseAttentionError
+from sparse_compile.kernels.cpp import build
+
+__all__ = ["cache", "use_compiler"]
 
 ON_CPU = [torch.empty(1), 3]
 ELSEWHERE = [torch.empty(1), torch.empty(1, device="meta")]
@@ -38,6 +47,47 @@ def test_cpu_tensors_get_the_cpu_kernels_and_a_gpu_triton(gpu: list[torch.Tensor
     assert choose_kernel(Config(), [*gpu, torch.empty(())]) == KernelChoice("triton")
     assert choose_kernel(Config(kernel="triton"), gpu) == KernelChoice("triton")
     assert choose_kernel(Config(kernel="reference"), gpu) == KernelChoice("reference")
+
+
+@pytest.fixture
+def without_compiler(cache: Path, use_compiler: Callable[[str], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that has no CPU kernels yet, and no compiler that works."""
+    monkeypatch.setattr(build, "failure", functools.cache(build.failure.__wrapped__))
+    use_compiler("false")
+
+
+@pytest.mark.usefixtures("without_compiler")
+def test_without_a_compiler_the_cpu_gets_plain_torch_and_the_reason() -> None:
+    name, reason = choose_kernel(Config(), ON_CPU)
+    assert name == "reference"
+    assert "No working C++ compiler" in reason and "set CXX to a C++20 compiler" in reason
+    with pytest.raises(
+        SparseAttentionError, match=r"kernel='cpu' cannot run: No working .*; got 'cpu'. Use kernel='au"
+    ):
+        choose_kernel(Config(kernel="cpu"), ON_CPU)
+    assert choose_kernel(Config(kernel="reference"), ON_CPU) == KernelChoice("reference")
+
+
+@pytest.mark.usefixtures("without_compiler")
+def test_without_a_compiler_a_model_runs_and_its_report_says_why_it_is_slow() -> None:
+    torch.compiler.reset()
+    model = Stack()
+    with torch.no_grad():
+        out = torch.compile(model, backend="sparse_attn", options={**EAGER, "top_p": 1.0})(tokens())
+        assert torch.allclose(out, model(tokens()), atol=1e-5)
+    sites = sparse_compile.explain(model).sites
+    assert len(sites) == 2
+    for site in sites:
+        assert (site.decision, site.kernel) == ("sparse", "reference")
+        assert "plain torch: No working C++ compiler" in site.detail and "set CXX" in site.detail
+
+
+@pytest.mark.parametrize("kernel", ["reference", "triton"])
+def test_a_graph_that_needs_no_cpu_kernels_builds_none(
+    gpu: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch, kernel: str
+) -> None:
+    monkeypatch.setattr(build, "why_not", lambda: pytest.fail("it would build"))
+    assert choose_kernel(Config(kernel=kernel), ON_CPU if kernel == "reference" else gpu) == KernelChoice(kernel)
 
 
 def test_an_old_gpu_gets_plain_torch_and_the_reason(gpu: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> None:

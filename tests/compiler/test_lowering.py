@@ -18,8 +18,9 @@ def test_equal_options_give_the_same_tag_and_any_change_another() -> None:
     assert len(tags) == 4
 
 
-def test_a_changed_source_gives_another_tag(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("changed", ["blocks.py", "library.cpp", "vectors.h"])
+def test_a_changed_source_gives_another_tag(monkeypatch: pytest.MonkeyPatch, changed: str) -> None:
     before = lowering.source_hash.__wrapped__()
     read = Path.read_bytes
-    monkeypatch.setattr(Path, "read_bytes", lambda path: read(path) + (b"#" if path.name == "blocks.py" else b""))
+    monkeypatch.setattr(Path, "read_bytes", lambda path: read(path) + (b"#" if path.name == changed else b""))
     assert lowering.source_hash.__wrapped__() != before
