@@ -131,24 +131,20 @@ template <typename Unit>
 inline void transpose(Unit* to, const Unit* from, int64_t stride) {
   IntVector rows[LANES];
   for (int i = 0; i < LANES; ++i) std::memcpy(&rows[i], from + i * stride, sizeof rows[i]);
-  const auto swap_halves = [&]<int DISTANCE>(std::integral_constant<int, DISTANCE>) {
-    IntVector low, high;  // of two rows: what goes to the first, what goes to the second
-    for (int lane = 0; lane < LANES; ++lane) {
-      const bool upper = lane & DISTANCE;
-      low[lane] = upper ? LANES + lane - DISTANCE : lane;
-      high[lane] = upper ? LANES + lane : lane + DISTANCE;
-    }
+  const auto swap_halves = [&]<int DISTANCE, int... LANE>(std::integral_constant<int, DISTANCE>,
+                                                          std::integer_sequence<int, LANE...>) {
     for (int i = 0; i < LANES; ++i) {
       if (i & DISTANCE) continue;
       const IntVector first = rows[i], second = rows[i + DISTANCE];
-      rows[i] = __builtin_shuffle(first, second, low);
-      rows[i + DISTANCE] = __builtin_shuffle(first, second, high);
+      rows[i] = __builtin_shufflevector(first, second, (LANE & DISTANCE ? LANES + LANE - DISTANCE : LANE)...);
+      rows[i + DISTANCE] = __builtin_shufflevector(first, second, (LANE & DISTANCE ? LANES + LANE : LANE + DISTANCE)...);
     }
   };
-  if constexpr (LANES == 16) swap_halves(std::integral_constant<int, 8>{});
-  swap_halves(std::integral_constant<int, 4>{});
-  swap_halves(std::integral_constant<int, 2>{});
-  swap_halves(std::integral_constant<int, 1>{});
+  constexpr std::make_integer_sequence<int, LANES> lanes{};
+  if constexpr (LANES == 16) swap_halves(std::integral_constant<int, 8>{}, lanes);
+  swap_halves(std::integral_constant<int, 4>{}, lanes);
+  swap_halves(std::integral_constant<int, 2>{}, lanes);
+  swap_halves(std::integral_constant<int, 1>{}, lanes);
   for (int i = 0; i < LANES; ++i) std::memcpy(to + i * LANES, &rows[i], sizeof rows[i]);
 }
 

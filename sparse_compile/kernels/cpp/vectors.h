@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <utility>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -39,7 +40,7 @@ inline void store(float* to, Vector v) { std::memcpy(to, &v, sizeof v); }
 // Where `a` is NaN the result is NaN or `b`; where `b` is NaN it is NaN.
 inline Vector maximum(Vector a, Vector b) { return a > b ? a : b; }
 
-// 2^x with a relative error below 2e-7, for x <= 0; exactly 0 from x <= -127 on, NaN for NaN.
+// 2^x with a relative error below 2e-7, for x <= 0, and as good below 127; exactly 0 from x <= -127 on, NaN for NaN.
 inline Vector exp2_of_negative(Vector x) {
   const auto power_of_fraction = [](Vector f) {  // minimax polynomial of 2^f on [0, 1]
     Vector p = splat(0.0018775766948238015f);
@@ -64,11 +65,12 @@ inline Vector exp2_of_negative(Vector x) {
 #endif
 }
 
+// Lane i of the result is lane (i + DISTANCE) % LANES.
 template <int DISTANCE>
 inline Vector rotated(Vector v) {
-  IntVector from;
-  for (int lane = 0; lane < LANES; ++lane) from[lane] = (lane + DISTANCE) % LANES;
-  return __builtin_shuffle(v, from);
+  return [v]<int... LANE>(std::integer_sequence<int, LANE...>) {
+    return __builtin_shufflevector(v, v, (LANE + DISTANCE) % LANES...);
+  }(std::make_integer_sequence<int, LANES>{});
 }
 
 inline float largest(Vector v) {
