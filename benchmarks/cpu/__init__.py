@@ -1,0 +1,1 @@
+"""Parts of the CPU benchmark (`benchmarks/cpu_attention.py`)."""
