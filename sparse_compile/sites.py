@@ -29,6 +29,12 @@ class Reason(Enum):
     IMAGE_ONLY = ("image_only", True, "attention among image-embedding tokens", "")
     FACTORISED = ("factorised_attention", True, "frames or space lie in the batch: already factorised", "")
     TOO_SHORT = ("too_short", True, "too few video tokens to gain anything", "A lower min_tokens forces it.")
+    NO_GAIN = (
+        "no_gain",
+        True,
+        "a sparse call would not be faster than dense attention here",
+        "A min_tokens forces it.",
+    )
     ONE_BLOCK = ("one_block", True, "one block holds all video tokens: nothing to skip", "Lower block_size.")
     DENSE_LAYER = ("dense_layer", True, "one of the layers that dense_layers keeps dense", "")
     DENSE_METHOD = ("dense_method", True, "method='dense' was asked for", "")

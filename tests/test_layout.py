@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "strategies": (*LEAVES, "strategies"),
     "passes": (*LEAVES, "passes", "strategies.base"),
     "runtime": (*LEAVES, "runtime", "strategies.base"),
-    "compiler": (*LEAVES, "compiler", "kernels.cpp.build", "ops", "passes", "runtime", "strategies"),
+    "compiler": (*LEAVES, "compiler", "kernels.cpp", "ops", "passes", "runtime", "strategies"),
     "integrations": (*LEAVES, "integrations", "runtime"),
     "api": (*LEAVES, "compiler.torch_internals", "integrations", "runtime"),
     "evaluation": (*LEAVES, "api", "evaluation"),

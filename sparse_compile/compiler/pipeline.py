@@ -12,11 +12,13 @@ from torch import fx
 
 import sparse_compile.ops  # noqa: F401 - registers the ops that the strategies write
 from sparse_compile.compiler import torch_internals
+from sparse_compile.compiler.cpu_cost import estimate
 from sparse_compile.compiler.guards import add_phase_guard
 from sparse_compile.compiler.kernel_choice import KernelChoice, choose_kernel
 from sparse_compile.compiler.lowering import lower
 from sparse_compile.config import Config
 from sparse_compile.errors import StrictModeError
+from sparse_compile.kernels.cpp.isa import detected
 from sparse_compile.passes.classify_sites import classify_sites
 from sparse_compile.passes.insert_sparse_attention import StateInput, insert_sparse_attention
 from sparse_compile.passes.match_attention import match_attention
@@ -26,7 +28,7 @@ from sparse_compile.runtime.region import Region, Slot, Witness
 from sparse_compile.runtime.registry import Registry
 from sparse_compile.runtime.report import GraphRecord, SiteRecord
 from sparse_compile.sites import GraphInput, Reason, Site
-from sparse_compile.strategies.base import Planner
+from sparse_compile.strategies.base import ExpectsEffort, Planner
 from sparse_compile.strategies.catalogue import load_strategy
 
 log = logging.getLogger(__name__)
@@ -50,9 +52,11 @@ def compile_graph(
         StrictModeError: under ``strict``, a site is unsupported.
     """
     planner = registry.planner(config, load_strategy(config.method))
-    kernel = choose_kernel(config, inputs)
     sites = find_sites(graph_module, inputs, torch_internals.graph_inputs(graph_module), planner)
     check_strict(sites, config)
+    # Only now: the first choice on a machine may build kernels for half a minute.
+    kernel = choose_kernel(config, inputs) if any(site.sparse for site in sites) else KernelChoice("")
+    sites = [_if_it_gains(site, planner, kernel.name) for site in sites]
     layers = _layers_of(sites)
     phase = _phase_of(layers, planner, registry)
     _record(graph_module, sites, phase, kernel, planner, registry)
@@ -106,6 +110,17 @@ def _with_known_state(site: Site, planner: Planner, known: frozenset[Any]) -> Si
         return site.decided(Reason.ANALYSIS_FAILED, f"{type(error).__name__}: {error}")
     needed = frozenset().union(*(torch_internals.symbols_of(size) for spec in specs for size in spec.shape))
     return site if needed <= known else site.decided(Reason.DYNAMIC_SPLIT, "its state would be shaped by data")
+
+
+def _if_it_gains(site: Site, planner: Planner, kernel: str) -> Site:
+    """A site whose sparse calls cannot win on this CPU stays dense, unless ``min_tokens`` is a number."""
+    strategy = planner.strategy
+    if not site.sparse or kernel != "cpu" or planner.config.min_tokens is not None:
+        return site
+    if not isinstance(strategy, ExpectsEffort):
+        return site
+    expected = estimate(site, strategy.effort(site, planner.config), detected().name, torch.get_num_threads())
+    return site.decided(Reason.NO_GAIN, str(expected)) if expected.sparse >= expected.dense else site
 
 
 def rewrite(

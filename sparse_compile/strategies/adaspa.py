@@ -16,6 +16,7 @@ from sparse_compile.errors import SparseAttentionError
 from sparse_compile.phases import Moment, Phase
 from sparse_compile.plan import BITS_PER_WORD, TensorSpec
 from sparse_compile.sites import Reason, TokenLayout
+from sparse_compile.strategies.base import Effort
 from sparse_compile.strategies.sparse_attention import PlanNodes, write_kept_mass, write_sparse_attention
 
 if TYPE_CHECKING:
@@ -80,6 +81,13 @@ class AdaSpa:
         if config.min_tokens is None and (layout.video_tokens < FEWEST_TOKENS or blocks < FEWEST_BLOCKS):
             return Reason.TOO_SHORT
         return Reason.ONE_BLOCK if blocks <= 1 else None
+
+    def effort(self, site: Site, config: Config) -> Effort:
+        """Whatever is not a pair of video tokens is kept; the plan is kept from an earlier call."""
+        assert site.layout is not None and site.key_layout is not None, "classify_sites fills the layouts"
+        queries, keys = site.query_sizes[2], site.key_sizes[2]
+        video = site.layout.video_tokens * site.key_layout.video_tokens / (queries * keys)
+        return Effort(1 - config.sparsity * video, 0, -(-keys // config.block_size))
 
     def write(self, build: GraphBuilder, site: Site, phase: Phase) -> Node:
         """Dense attention and a search, or sparse attention by the kept plan or by a new one."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from torch.fx import Node
@@ -108,6 +108,27 @@ class Strategy(Protocol):
 
     def write(self, build: GraphBuilder, site: Site, phase: Phase) -> Node:
         """Write the ops of ``phase`` (never `Phase.DENSE`) and return the node of the attention output."""
+
+
+class Effort(NamedTuple):
+    """What a sparse call of a method is expected to compute for one site, for a cost model.
+
+    density: share of the pairs of query and key that are attended to.
+    compared: pairs of a token and a group mean that are multiplied to make the plan, in one head.
+    key_groups: key groups of a head; pooled keys stand for most of them.
+    """
+
+    density: float
+    compared: int
+    key_groups: int
+
+
+@runtime_checkable
+class ExpectsEffort(Protocol):
+    """A Strategy that says beforehand what its sparse calls compute. One that does not is never found too slow."""
+
+    def effort(self, site: Site, config: Config) -> Effort:
+        """Of the site's sparse calls, from sizes and options alone; ``site`` has its layouts."""
 
 
 @dataclass(frozen=True, eq=False)

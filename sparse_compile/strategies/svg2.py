@@ -14,6 +14,7 @@ import torch
 from sparse_compile.phases import Moment, Phase
 from sparse_compile.plan import TensorSpec
 from sparse_compile.sites import Reason
+from sparse_compile.strategies.base import Effort
 from sparse_compile.strategies.sparse_attention import PlanNodes, write_sparse_attention
 
 if TYPE_CHECKING:
@@ -29,6 +30,9 @@ TOKENS_PER_QUERY_CLUSTER, QUERY_CLUSTERS = 256, (32, 400)
 TOKENS_PER_KEY_CLUSTER, KEY_CLUSTERS = 76, (64, 1000)
 TOKENS_PER_CLUSTER_FLOOR = 4
 """Below this many tokens per cluster there is nothing to gain (docs/svg2.md, section 3)."""
+
+EXPECTED_DENSITY = 0.3
+"""Of sparse calls under ``top_p``, before any was made: published runs lie between 0.2 and 0.35 (docs/svg2.md)."""
 
 
 class Svg2:
@@ -66,6 +70,14 @@ class Svg2:
             config.q_clusters, video, TOKENS_PER_QUERY_CLUSTER, QUERY_CLUSTERS
         )
         return Reason.TOO_SHORT if video < max(k_floor, q_floor) else None
+
+    def effort(self, site: Site, config: Config) -> Effort:
+        """The products of k-means, and a fixed density or what the default ``top_p`` leads to."""
+        assert site.layout is not None and site.key_layout is not None, "classify_sites fills the layouts"
+        queries, keys = site.layout.video_tokens, site.key_layout.video_tokens
+        q_groups, k_groups = int(query_clusters(queries, config)), int(key_clusters(keys, config))
+        density = EXPECTED_DENSITY if config.density is None else config.density
+        return Effort(density, config.kmeans_iters * (queries * q_groups + keys * k_groups), k_groups)
 
     def write(self, build: GraphBuilder, site: Site, phase: Phase) -> Node:
         """k-means, top-p plan, sparse attention; a search differs in how k-means starts and how long it runs."""

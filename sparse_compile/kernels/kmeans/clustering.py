@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from sparse_compile.kernels.kmeans import cpu, reference
-from sparse_compile.kernels.permutation.reference import sort_labels
+from sparse_compile.kernels.permutation.cpu import sort_labels as counting_sort
+from sparse_compile.kernels.permutation.reference import sort_labels as stable_sort
 from sparse_compile.kernels.precision import compute_dtype
-from sparse_compile.kernels.token_blocks.spans import inside, present
+from sparse_compile.kernels.token_blocks.spans import inside
 
 IMPLEMENTATIONS: dict[str, ModuleType] = {"cpu": cpu, "reference": reference}
 
@@ -38,36 +39,48 @@ def cluster(
 
     Each (b, h) is a problem of its own, so that a batch equals its items bit for bit.
     """
-    batches, heads, tokens, size = x.shape
+    batches, heads, tokens, _ = x.shape
     clusters = centroids.shape[2]
-    steps = IMPLEMENTATIONS[implementation]
+    at_once = implementation == "cpu" and x.dtype is not torch.float64
+    steps = IMPLEMENTATIONS["cpu" if at_once else "reference"]
     video = inside(video_spans, tokens, x.device)
-    labels = torch.empty((batches, heads, tokens), dtype=torch.int32, device=x.device)
-    means = torch.empty((batches, heads, clusters, size), dtype=torch.float32, device=x.device)
+    valid_of = (torch.ones_like(video).unsqueeze(0) if valid is None else valid).expand(batches, tokens)
+    included = torch.empty((batches, heads, tokens), dtype=torch.bool, device=x.device)
+    start = torch.empty_like(centroids) if restart else centroids
     non_finite = torch.zeros((), dtype=torch.int64, device=x.device)
     for batch in range(batches):
-        valid_here = present(valid, batch, tokens, x.device)
         for head in range(heads):
             own = x[batch, head]
             finite = steps.countable(own)
-            included = video & valid_here & finite
+            torch.logical_and(video & valid_of[batch], finite, out=included[batch, head])
             if restart:
-                start = steps.stratified_sample(own, included, clusters, seed, role, head)
-            else:
-                start = centroids[batch, head]
-            nearest, renewed = lloyd(own, included, start, iterations, steps)
-            labels[batch, head] = _group_of(nearest, video, valid_here, clusters)
-            means[batch, head] = renewed
-            centroids[batch, head] = renewed
-            non_finite = non_finite + (valid_here & ~finite).sum()
-    order, offsets = sort_labels(labels, clusters + 2)
+                start[batch, head] = steps.stratified_sample(own, included[batch, head], clusters, seed, role, head)
+            non_finite = non_finite + (valid_of[batch] & ~finite).sum()
+    solve, sort_labels = (lloyd, counting_sort) if at_once else (_lloyd_by_heads, stable_sort)
+    nearest, means = solve(x, included, start, iterations, steps)
+    order, offsets = sort_labels(_group_of(nearest, video, valid_of.unsqueeze(1), clusters), clusters + 2)
+    centroids.copy_(means)
     return order, offsets, means, non_finite
+
+
+def _lloyd_by_heads(
+    x: Tensor, included: Tensor, start: Tensor, iterations: int, steps: ModuleType
+) -> tuple[Tensor, Tensor]:
+    """`lloyd` of one batch item and head after the other: labels int32 [B, H, S] and means float32 [B, H, C, D]."""
+    labels = torch.empty(x.shape[:3], dtype=torch.int32, device=x.device)
+    means = torch.empty(start.shape, dtype=torch.float32, device=x.device)
+    for batch in range(x.shape[0]):
+        for head in range(x.shape[1]):
+            problem = (x[batch, head], included[batch, head], start[batch, head])
+            labels[batch, head], means[batch, head] = lloyd(*problem, iterations, steps)
+    return labels, means
 
 
 def lloyd(x: Tensor, included: Tensor, start: Tensor, iterations: int, steps: ModuleType) -> tuple[Tensor, Tensor]:
     """Alternate assignment and update; return the last labels int32 [S] and the means [C, D] of just these.
 
-    Centroids stay in float32 between iterations; only the assignment rounds them (section 5.1).
+    Of one head, or of all at once ([B, H, S, D] and so on) with the steps for CPU tensors. Centroids stay in float32
+    between iterations; only the assignment rounds them (section 5.1).
     """
     means = start.to(compute_dtype(x.dtype))
     labels = None

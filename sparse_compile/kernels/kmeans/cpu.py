@@ -1,6 +1,7 @@
-"""Lloyd's k-means for CPU tensors: the reference's arithmetic with less memory traffic (docs/svg2.md, section 5).
+"""The steps of Lloyd's k-means for CPU tensors: the C++ kernel `cpu.cpp` (docs/svg2.md, section 5).
 
-Here host reads are free, so the driver stops at a fixed point, which changes no bit of the result.
+They take all heads at once. Host reads are free here, so that the driver stops at a fixed point, which changes no bit
+of the result. float64, which is for tests, is left to the reference.
 """
 
 from __future__ import annotations
@@ -8,44 +9,57 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparse_compile.kernels.kmeans.reference import (
-    countable,
-    means_of_sums,
-    scoring_operands,
-    stratified_sample,
-)
-from sparse_compile.kernels.precision import copied
+from sparse_compile.kernels.cpp.build import library
+from sparse_compile.kernels.cpp.operands import dense_rows
+from sparse_compile.kernels.kmeans import reference
+from sparse_compile.kernels.kmeans.reference import stratified_sample
 
 __all__ = ["STOPS_AT_FIXED_POINT", "assign", "countable", "stratified_sample", "update"]
 
-SCORES_AT_ONCE = 2**18
-"""One megabyte of float32 scores: they stay in the second-level cache between the product and the argmin."""
-TOKENS_AT_ONCE = 4096
 STOPS_AT_FIXED_POINT = True
 
 
+def countable(x: Tensor) -> Tensor:
+    """As `reference.countable`: bool [S] for x [S, D], or [B, H, S] for [B, H, S, D]."""
+    if x.dtype is torch.float64:
+        return reference.countable(x)
+    result = torch.empty(x.shape[:-1], dtype=torch.bool)
+    library().countable(_by_heads(x), result)
+    return result
+
+
 def assign(x: Tensor, centroids: Tensor, included: Tensor) -> Tensor:
-    """As `reference.assign`, in blocks that fit the cache."""
-    rounded, norms = scoring_operands(centroids, x.dtype)
-    transposed = rounded.t().contiguous()
-    tokens, clusters = x.shape[0], centroids.shape[0]
-    rows = min(max(64, SCORES_AT_ONCE // max(1, clusters)), max(1, tokens))
-    scores = rounded.new_empty((rows, clusters))
-    labels = torch.empty((tokens,), dtype=torch.int64)
-    for start in range(0, tokens, rows):
-        part = copied(x[start : start + rows], rounded.dtype)
-        block = scores[: part.shape[0]]
-        torch.addmm(norms, part, transposed, alpha=-2, out=block)
-        torch.argmin(block, dim=-1, out=labels[start : start + rows])
-    return torch.where(included, labels, 0).to(torch.int32)
+    """As `reference.assign`, of one head or of all.
+
+    Source: SVG2 (arXiv 2505.18875); flash-kmeans (arXiv 2603.09229), which keeps no scores either.
+    Shapes: x [S, D], its centroids [C, D] and included [S], or x [B, H, S, D], centroids [B, H, C, D] and included
+        [B, H, S]; any strides.
+    Dtypes: x float32, float16 or bfloat16; centroids are rounded to it. Products are summed in float32.
+    Returns: int32 [S] or [B, H, S].
+    """
+    if x.dtype is torch.float64:
+        return reference.assign(x, centroids, included)
+    labels = torch.empty(x.shape[:-1], dtype=torch.int32)
+    library().assign(_by_heads(x), _by_heads(_dense(centroids, torch.float32)), _dense(included, torch.bool), labels)
+    return labels
 
 
 def update(x: Tensor, labels: Tensor, included: Tensor, centroids: Tensor) -> Tensor:
-    """As `reference.update`, without a sort: one pass over the tokens in their own order."""
-    clusters = centroids.shape[0]
-    binned = torch.where(included, labels, clusters).to(torch.int64)
-    sums = torch.zeros((clusters + 1, x.shape[1]), dtype=torch.float64)
-    for part, bins in zip(torch.split(x, TOKENS_AT_ONCE), torch.split(binned, TOKENS_AT_ONCE), strict=True):
-        sums.index_add_(0, bins, part.double())
-    counts = torch.bincount(binned, minlength=clusters + 1)
-    return means_of_sums(sums[:clusters], counts[:clusters], centroids)
+    """As `reference.update`, of one head or of all; shapes as in `assign`, labels int32.
+
+    Returns: float32 of the shape of ``centroids``. A cluster is summed in float64 in token order, by one thread.
+    """
+    if x.dtype is torch.float64:
+        return reference.update(x, labels, included, centroids)
+    means = centroids.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+    library().update(_by_heads(x), _dense(labels, torch.int32), _dense(included, torch.bool), _by_heads(means))
+    return means
+
+
+def _by_heads(x: Tensor) -> Tensor:
+    """[S, D] as one head of one batch item; rows are dense."""
+    return dense_rows(x if x.dim() == 4 else x.expand(1, 1, *x.shape))
+
+
+def _dense(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.to(dtype).contiguous()
