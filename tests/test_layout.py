@@ -42,9 +42,8 @@ PRIVATE_TORCH_HOMES = ("compiler/torch_internals.py", "kernels/cpp/torch_interna
 PUBLIC_BY_CUSTOM = (
     "torch._dynamo.config",
     "torch._dynamo.reset",
-    "torch.ops.aten._scaled_dot_product_flash_attention_for_cpu",
 )
-"""What PyTorch's documentation tells users to use, and the one operator with a log-sum-exp on a CPU."""
+"""What PyTorch's documentation tells users to use."""
 
 
 class Import(NamedTuple):

@@ -7,7 +7,8 @@
            + HEAD                                                                                once a head
            + CALL                                                                                once a call
 
-``products`` is the size of a key plus that of a value. docs/cpu.md says how the constants were measured. They decide under ``min_tokens=auto`` alone; a number takes every site of that length.
+``products`` is the size of a key plus that of a value. docs/cpu.md says how the constants were measured. They decide
+under ``min_tokens=auto`` alone; a number takes every site of that length.
 """
 
 from __future__ import annotations

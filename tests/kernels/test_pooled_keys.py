@@ -7,7 +7,6 @@ import torch
 from kernel_oracles import DTYPES, IMPLEMENTATIONS, OPS, assert_same_bits, labels_of, random_plan, random_tensor
 
 from sparse_compile.error_budget import nan_filled_empty
-from sparse_compile.kernels.pooled_keys import cpu
 
 GROUPS = 7
 each_kernel = pytest.mark.parametrize("kernel", IMPLEMENTATIONS)
@@ -212,11 +211,3 @@ def test_strides_batches_and_repeats_change_no_bit(kernel, dtype):
     for b in range(2):
         item = [x[b : b + 1] for x in (k, v, order, offsets)]
         assert_same_bits(pool(*item, kernel), [x[b : b + 1] for x in pooled])
-
-
-def test_the_cpu_kernel_in_small_pieces_gives_the_same(monkeypatch):
-    args = random_keys(301)
-    whole = pool(*args, "cpu")
-    monkeypatch.setattr(cpu, "TOKENS_AT_ONCE", 37)
-    for one, other in zip(pool(*args, "cpu"), whole, strict=True):
-        assert torch.allclose(one, other, atol=1e-6)

@@ -10,12 +10,6 @@
 
 namespace sparse_compile::block_mass {
 
-template <class M>
-constexpr int ROWS_AT_ONCE = 12 * MOST_ROWS / BLOCK_ROWS<M> * BLOCK_ROWS<M>;
-constexpr int KEYS_AT_ONCE = 256, PANELS_AT_ONCE = KEYS_AT_ONCE / PANEL;
-constexpr int SCORE_STRIDE = KEYS_AT_ONCE + LANES;  // rows fall on different sets of the cache
-constexpr int64_t WORKSPACE_BYTES = int64_t(128) << 20;  // of packed heads at once, unless one head needs more
-
 // Part of a query head: groups, or tokens, [first, last).
 struct Item {
   int64_t head, first, last;
@@ -36,10 +30,7 @@ class Scores {
 
   Scores(const at::Tensor& q, const at::Tensor& k, const Grouping& keys, double scale)
       : q(q), k(k), keys(keys), size(q.size(3)), key_heads(k.size(0) * k.size(1)),
-        shared(k.size(1) ? q.size(1) / k.size(1) : 1), packed(size, 0), to_base_2(static_cast<float>(scale) * LOG2_E) {
-    for (int count = 0; count <= PANEL; ++count)
-      for (int n = 0; n < PANEL; ++n) present[count][n] = n < count ? 0.f : -INF;
-  }
+        shared(k.size(1) ? q.size(1) / k.size(1) : 1), packed(size, 0), to_base_2(static_cast<float>(scale) * LOG2_E) {}
 
   // Do all items of `list(first query head, last query head, items)`, with as many heads packed at once as may be.
   // `make_worker(layout, packed keys)` is called once a thread and gives what does an item.
@@ -47,7 +38,7 @@ class Scores {
   void run(List list, MakeWorker make_worker) const {
     // No group needs more than one panel that is not full.
     const int64_t bytes = (keys.tokens / PANEL + keys.groups) * packed.keys * sizeof(Unit);
-    const int64_t at_once = std::max<int64_t>(1, WORKSPACE_BYTES / std::max<int64_t>(1, bytes));
+    const int64_t at_once = heads_at_once(bytes);
     for (int64_t first = 0; first < key_heads; first += at_once) {
       const int64_t last = std::min(key_heads, first + at_once);
       std::vector<Item> items;
@@ -66,7 +57,7 @@ class Scores {
   Vector exponents(const float* scores, int count) const {
     const Vector exponent = load(scores) * splat(to_base_2);
     if (count == PANEL) return exponent;
-    const Vector absent = load(present[count]);
+    const Vector absent = load(PRESENT[count].data());
     return absent == splat(-INF) ? absent : exponent;  // also where a key of zeros gives NaN
   }
 
@@ -75,7 +66,6 @@ class Scores {
   const int64_t size, key_heads, shared;
   const Packed<M> packed;
   const float to_base_2;
-  float present[PANEL + 1][PANEL];  // by the number of keys of a panel: 0 where it has one, -inf where it has none
 };
 
 // The rows of one tile and their scores. One a thread.

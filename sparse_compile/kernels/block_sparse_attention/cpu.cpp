@@ -2,12 +2,11 @@
 //
 // Keys and values are packed once, in panels that belong to one group each (`cpu_call.h`); tiles of queries go through
 // the panels that they keep (`cpu_tile.h`). Docs: docs/cpu.md; the definition of correct: reference.py.
+#include "../cpp/dtypes.h"
 #include "cpu_tile.h"
 
 namespace sparse_compile {
 namespace {
-
-constexpr int64_t WORKSPACE_BYTES = int64_t(128) << 20;  // of packed heads at once, unless one head needs more
 
 // The tiles of all query heads that read these key heads, one head after the other, its heaviest tiles first.
 template <class M, typename T>
@@ -38,8 +37,7 @@ std::vector<Tile> list_tiles(const AttentionCall<M, T>& call, int64_t first, int
 
 template <class M, typename T>
 void attend(AttentionCall<M, T>& call) {
-  const int64_t bytes = std::max<int64_t>(1, call.most_units() * sizeof(typename M::Unit));
-  const int64_t at_once = std::max<int64_t>(1, WORKSPACE_BYTES / bytes);
+  const int64_t at_once = heads_at_once(call.most_units() * sizeof(typename M::Unit));
   for (int64_t first = 0; first < call.key_heads; first += at_once) {
     const int64_t last = std::min(call.key_heads, first + at_once);
     call.pack(first, last);
@@ -60,16 +58,10 @@ void attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, co
   const Grouping queries(q_order, q_offsets, q.size(2)), keys(k_order, k_offsets, k.size(2));
   const auto data = [](const std::optional<at::Tensor>& x) { return x ? x->const_data_ptr<float>() : nullptr; };
   const Pooled pooled{data(mean_k), data(mean_v), data(log_size), data(coupling)};
-  const auto run = [&]<class M, typename T>(M, T) {
+  with_types_of(q, [&]<class M, typename T>(M, T) {
     AttentionCall<M, T> call(q, k, v, queries, keys, keep, pooled, scale, out, lse);
     attend(call);
-  };
-  switch (q.scalar_type()) {
-    case at::kFloat: return run(Float32{}, float{});
-    case at::kHalf: return run(Float32{}, at::Half{});
-    case at::kBFloat16: return run(Bfloat16{}, at::BFloat16{});
-    default: TORCH_CHECK(false, "q must be float32, float16 or bfloat16, not ", q.scalar_type());
-  }
+  });
 }
 
 }  // namespace sparse_compile

@@ -24,6 +24,7 @@ def attention(
     Dtypes: float32, float16 or bfloat16, summed in float32. With AVX512-BF16 or AMX the weights of bfloat16 inputs, and
         pooled arrays, are rounded to bfloat16. float64 is for tests, and goes through the reference.
     Returns: natural log-sum-exp over kept and pooled keys, float32 [B, H, Sq]; a row without any gives 0 and -inf.
+
     Raises:
         RuntimeError: the bounds or the order of the plan leave the tensors.
 
@@ -34,7 +35,7 @@ def attention(
     lse = torch.empty(q.shape[:3], dtype=torch.float32)
     if not lse.numel():
         return lse
-    arrays = (None, None, None, None)
+    arrays: tuple[Tensor | None, ...] = (None, None, None, None)
     if pooled is not None:
         means = (pooled.mean_k, pooled.mean_v, pooled.log_size)
         coupling = None if pooled.coupling is None else pooled.coupling.contiguous()

@@ -27,10 +27,7 @@ struct AttentionCall {
         packed(size, value_size), sign(scale_ > 0 ? 1.f : scale_ < 0 ? -1.f : 0.f),
         scale(scale_ == 0 ? 1.f : std::abs(static_cast<float>(scale_))),
         pooled_panels(pooled.mean_k ? (keys.groups + PANEL - 1) / PANEL : 0),
-        coupling_panels(pooled.coupling ? (size + PANEL - 1) / PANEL : 0) {
-    for (int count = 0; count <= PANEL; ++count)
-      for (int n = 0; n < PANEL; ++n) present[count][n] = n < count ? 0.f : -INF;
-  }
+        coupling_panels(pooled.coupling ? (size + PANEL - 1) / PANEL : 0) {}
 
   // Most units that one key head takes: no group needs more than one panel that is not full.
   int64_t most_units() const {
@@ -76,7 +73,6 @@ struct AttentionCall {
   const Packed<M> packed;
   const float sign, scale;  // scores are multiplied by a scale above 0; what it lacks goes into the queries
   const int64_t pooled_panels, coupling_panels;
-  float present[PANEL + 1][PANEL];  // biases of panels by the number of their keys
 
   // Of the key heads that are worked on.
   int64_t first_key_head = 0;

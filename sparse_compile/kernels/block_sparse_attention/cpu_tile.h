@@ -8,11 +8,6 @@
 
 namespace sparse_compile {
 
-template <class M>
-constexpr int ROWS_AT_ONCE = 12 * MOST_ROWS / BLOCK_ROWS<M> * BLOCK_ROWS<M>;
-constexpr int KEYS_AT_ONCE = 256, PANELS_AT_ONCE = KEYS_AT_ONCE / PANEL;
-constexpr int SCORE_STRIDE = KEYS_AT_ONCE + LANES;  // rows fall on different sets of the cache
-
 struct Tile {
   int64_t head, group, position;
   int rows;
@@ -110,7 +105,7 @@ class TileWorker {
       for (int64_t panel = layout.first(key_head, group); panel < layout.first(key_head, group + 1); ++panel) {
         const int count = layout.source(panel).count;
         list_.add(call_.packed_keys + panel * call_.packed.keys, call_.packed_values + panel * call_.packed.values,
-                  count == PANEL ? nullptr : call_.present[count]);
+                  count == PANEL ? nullptr : PRESENT[count].data());
       }
     }
   }

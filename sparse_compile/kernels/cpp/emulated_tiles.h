@@ -27,7 +27,8 @@ inline void zero_emulated(int tile) { std::memset(emulated_tiles[tile].data, 0, 
 
 inline void load_emulated(int tile, const void* from, int64_t stride) {
   for (int row = 0; row < emulated_tiles[tile].rows; ++row)
-    std::memcpy(emulated_tiles[tile].data[row], static_cast<const char*>(from) + row * stride, emulated_tiles[tile].bytes);
+    std::memcpy(emulated_tiles[tile].data[row], static_cast<const char*>(from) + row * stride,
+                emulated_tiles[tile].bytes);
 }
 
 inline void store_emulated(int tile, void* to, int64_t stride) {

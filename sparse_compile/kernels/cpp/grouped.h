@@ -1,7 +1,7 @@
 // Keys and values of one head, packed group by group: every group begins a panel of its own.
 //
 // A row of a Plan keeps or skips whole groups, so that a panel is attended to as a whole or not at all, and only the
-// last panel of a group has absent keys. Groups of any size and place so cost at most PANEL - 1 keys more than they have.
+// last panel of a group has absent keys. Groups of any size and place cost at most PANEL - 1 keys more than they have.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -37,8 +37,8 @@ struct Grouping {
     if (!order) return;
     TORCH_CHECK(order_->numel() == heads * tokens, "the order of a Plan must name each token of each head once");
     const auto [least, most] = std::minmax_element(order, order + heads * tokens);
-    TORCH_CHECK(heads * tokens == 0 || (*least >= 0 && *most < tokens), "the order of a Plan must name tokens from 0 to ",
-                tokens - 1, "; got ", *least, " to ", *most);
+    TORCH_CHECK(heads * tokens == 0 || (*least >= 0 && *most < tokens),
+                "the order of a Plan must name tokens from 0 to ", tokens - 1, "; got ", *least, " to ", *most);
   }
 
   int64_t start(int64_t head, int64_t group) const { return offsets[head * (groups + 1) + group]; }
@@ -121,6 +121,13 @@ void pack_panels(const PanelLayout& layout, const Grouping& grouping, const Rows
       }
     };
   });
+}
+
+constexpr int64_t WORKSPACE_BYTES = int64_t(128) << 20;
+
+// How many heads share the workspace, if each takes so many bytes: at least one, whatever it takes.
+inline int64_t heads_at_once(int64_t bytes_a_head) {
+  return std::max<int64_t>(1, WORKSPACE_BYTES / std::max<int64_t>(1, bytes_a_head));
 }
 
 // Memory kept by the calling thread between calls, at least `bytes`: fresh pages cost more than packing into them.

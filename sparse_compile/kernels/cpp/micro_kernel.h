@@ -31,6 +31,13 @@ inline int rounded_up(int rows) {
   return (rows + LAST_ROWS<M> - 1) / LAST_ROWS<M> * LAST_ROWS<M>;
 }
 
+// What a thread works on at once: rows of a tile, whose operands stay in the second-level cache with those of a step of
+// keys; and the scores of a block of rows in a step, which stay in the first-level cache.
+template <class M>
+constexpr int ROWS_AT_ONCE = 12 * MOST_ROWS / BLOCK_ROWS<M> * BLOCK_ROWS<M>;
+constexpr int KEYS_AT_ONCE = 256, PANELS_AT_ONCE = KEYS_AT_ONCE / PANEL;
+constexpr int SCORE_STRIDE = KEYS_AT_ONCE + LANES;  // rows fall on different sets of the cache
+
 constexpr int64_t SEGMENT = 128;  // of a long depth: sums of sums lose fewer digits than one sum
 
 // scores [ROWS, PANELS * PANEL] = rows [ROWS, depth] times the keys of one or two panels, wherever they lie.

@@ -9,6 +9,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <algorithm>
+#include <array>
 #include <type_traits>
 #include <utility>
 
@@ -18,6 +19,14 @@ namespace sparse_compile {
 
 constexpr int PANEL = LANES;
 constexpr int CHUNK = 2 * LANES;
+
+// Biases of a panel by the number of its keys: 0 where it has one, -inf where it has none.
+constexpr auto PRESENT = [] {
+  std::array<std::array<float, PANEL>, PANEL + 1> biases{};
+  for (int count = 0; count <= PANEL; ++count)
+    for (int n = count; n < PANEL; ++n) biases[count][n] = -INF;
+  return biases;
+}();
 
 struct Float32 {
   using Unit = float;
@@ -88,7 +97,8 @@ struct Bfloat16Pairs {
 
   // Two keys beside each other, channel by channel.
   template <typename T>
-  static inline void copy_values(Unit* __restrict to, const T* __restrict first, const T* __restrict second, int channels) {
+  static inline void copy_values(Unit* __restrict to, const T* __restrict first, const T* __restrict second,
+                                 int channels) {
     for (int i = 0; i < channels; ++i) to[i] = bits_of(first[i]) | bits_of(second[i]) << 16;
   }
 
@@ -137,7 +147,8 @@ inline void transpose(Unit* to, const Unit* from, int64_t stride) {
       if (i & DISTANCE) continue;
       const IntVector first = rows[i], second = rows[i + DISTANCE];
       rows[i] = __builtin_shufflevector(first, second, (LANE & DISTANCE ? LANES + LANE - DISTANCE : LANE)...);
-      rows[i + DISTANCE] = __builtin_shufflevector(first, second, (LANE & DISTANCE ? LANES + LANE : LANE + DISTANCE)...);
+      rows[i + DISTANCE] =
+          __builtin_shufflevector(first, second, (LANE & DISTANCE ? LANES + LANE : LANE + DISTANCE)...);
     }
   };
   constexpr std::make_integer_sequence<int, LANES> lanes{};

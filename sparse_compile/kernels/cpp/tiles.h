@@ -1,7 +1,7 @@
 // The two products of the micro-kernel on the tile registers of AMX, for pairs of bfloat16.
 //
-// Operands lie in memory as for AVX512-BF16. A panel has 16 keys: a tile of values is 8 pairs of keys deep, half of what
-// the hardware takes at once; for one shape of all tiles, scores are made at that depth too.
+// Operands lie in memory as for AVX512-BF16. A panel has 16 keys: a tile of values is 8 pairs of keys deep, half of
+// what the hardware takes at once; for one shape of all tiles, scores are made at that depth too.
 //
 // With SPARSE_COMPILE_EMULATED_TILES the tile instructions are functions, so that this file is tested on any CPU.
 #pragma once

@@ -14,7 +14,6 @@ namespace {
 constexpr int TOKENS_AT_ONCE = 128;
 constexpr int64_t TOKENS_IN_FLOAT32 = 8 * TOKENS_AT_ONCE;
 constexpr int64_t MOST_PARTS = 16;
-constexpr int64_t PARTIALS_BYTES = int64_t(64) << 20;  // of the heads at once, unless one needs more
 
 // sums [ROWS, CHUNK] += sum over tokens of a [ROWS] b [CHUNK]^T
 template <int ROWS>
@@ -50,7 +49,7 @@ class Coupling {
 
   void run(float* coupling) {
     const int64_t elements = size_ * value_size_, bytes = parts_ * elements * int64_t(sizeof(double));
-    const int64_t at_once = std::clamp<int64_t>(PARTIALS_BYTES / bytes, 1, heads_);
+    const int64_t at_once = std::min(heads_, heads_at_once(bytes));
     auto* partials = reinterpret_cast<double*>(workspace(at_once * bytes));
     std::vector<int64_t> numbers(at_once * parts_);
     for (int64_t first = 0; first < heads_; first += at_once) {
