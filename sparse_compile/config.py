@@ -153,7 +153,7 @@ class Config:
         accept.one_word_or("auto", None, accept.at_least(1)),
         "auto or an integer >= 1",
         "fewest video tokens to go sparse; auto: the method's floor (svg2: 4 x k_clusters; adaspa: 4096 tokens and 16"
-        " blocks)",
+        " blocks), and on a CPU what an estimate says is faster than dense",
     )
     text_tokens: int | None = _option(
         None,
@@ -171,7 +171,7 @@ class Config:
         "auto",
         accept.one_of("auto", "triton", "cpu", "reference"),
         "auto, triton, cpu or reference",
-        "which implementation of the ops; auto: triton on NVIDIA GPUs, cpu on CPUs, else reference (plain torch)",
+        "which implementation of the ops; auto: triton on NVIDIA GPUs, cpu (C++) on CPUs, else reference (plain torch)",
     )
     strict: bool = _option(
         False, accept.boolean, "true or false", "raise for unsupported sites, and when nothing became sparse"
