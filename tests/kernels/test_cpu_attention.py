@@ -145,6 +145,17 @@ def test_views_change_no_bit(dtype, view):
     assert_same_bits(attend(*viewed, plan, SCALE), attend(*tensors, plan, SCALE))
 
 
+def test_rows_further_apart_than_32_bits_can_say():
+    tensors = random_inputs(40, 40, 16, heads=(1, 1), batch=1, dtype=torch.bfloat16)
+    stride = 2**31 // 35
+    storage = torch.empty(40 * stride, dtype=torch.bfloat16)  # pages that nobody touches take no memory
+    plan = random_plan(1, 1, 1, 40, 40)
+    for place, x in enumerate(tensors):
+        far = storage.as_strided(x.shape, (0, 0, stride, 1), 64 * place).copy_(x)
+        viewed = [far if other is x else other for other in tensors]
+        assert_same_bits(attend(*viewed, plan, SCALE), attend(*tensors, plan, SCALE))
+
+
 def test_a_batch_stride_of_zero():
     q, k, v = random_inputs(130, 150, 40, batch=1)
     plan = random_plan(3, 2, 1, 130, 150)
