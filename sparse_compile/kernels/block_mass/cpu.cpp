@@ -112,7 +112,7 @@ class MassWorker {
         for (int r = row; r < last; ++r) {
           const Vector exponent = scores_.exponents(tile_.of_row(r) + n * PANEL, count) - splat(shift_[first + r]);
           // Exactly the cut-off also for NaN and infinity, so that a row that has one of these is not trusted.
-          const Vector term = exponent < splat(LARGEST_EXPONENT) ? exp2_of_negative(exponent) : splat(LARGEST_TERM);
+          const Vector term = exponent < splat(LARGEST_EXPONENT) ? exp2_below_127(exponent) : splat(LARGEST_TERM);
           sums[r] += term;
           column += exponent < splat(INF) ? term : Vector{};
         }
@@ -213,7 +213,7 @@ class RenewalWorker {
     const float peak = std::max(peak_[row], largest(highest));
     const float base = peak == -INF ? 0.f : peak;
     Vector sums{};
-    for (int n = 0; n < step.panels(); ++n) sums += exp2_of_negative(load(scores + n * PANEL) - splat(base));
+    for (int n = 0; n < step.panels(); ++n) sums += exp2_below_127(load(scores + n * PANEL) - splat(base));
     total_[row] = total_[row] * std::exp2(peak_[row] - base) + sum(sums);
     peak_[row] = peak;
   }

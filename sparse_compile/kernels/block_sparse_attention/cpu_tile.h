@@ -165,7 +165,7 @@ class TileWorker {
     const auto weights = reinterpret_cast<Unit*>(scores);
     Vector sums[2] = {};
     for (int n = 0; n < count; ++n) {
-      const Vector weight = exp2_of_negative(load(scores + n * PANEL) * splat(to_base_2) - splat(base));
+      const Vector weight = exp2_below_127(load(scores + n * PANEL) * splat(to_base_2) - splat(base));
       sums[n % 2] += weight;
       M::store_weights(weights, n * PANEL, weight);
     }
