@@ -14,7 +14,7 @@ from sparse_compile.kernels.block_sparse_attention.head_slices import head_slice
 from sparse_compile.kernels.block_sparse_attention.triton_kernels import attend_tiles
 from sparse_compile.kernels.launching import device_of, lanes, launch
 from sparse_compile.kernels.permutation.triton_launch import gather_rows
-from sparse_compile.kernels.token_blocks.valid_first import valid_first
+from sparse_compile.kernels.token_blocks.valid_first import dense_plan
 from sparse_compile.kernels.tuning import chosen
 from sparse_compile.kernels.work_lists.triton_launch import Tiling, density, work_lists
 from sparse_compile.plan import Plan, PooledKeys
@@ -90,13 +90,8 @@ def attention_with_lse(
     Shapes: q_valid bool [B or 1, Sq] and k_valid bool [B or 1, Sk], or None; lse float32 [B, H, Sq], written; the
         others as `attention`.
     """
-    batches, heads, queries, _ = q.shape
-    query = valid_first(q_valid, batches, heads, queries, q.device)
-    key = valid_first(k_valid, batches, k.shape[1], k.shape[2], q.device)
-    keep = torch.ones((batches, heads, 2, 1), dtype=torch.int32, device=q.device)
-    if not padded_queries_attend:
-        keep[:, :, 1] = 0
-    lse.copy_(attention(q, k, v, Plan(*query, *key, keep), None, scale, out)[0])
+    plan = dense_plan(q, k, q_valid, k_valid, padded_queries_attend)
+    lse.copy_(attention(q, k, v, plan, None, scale, out)[0])
 
 
 class Configured(NamedTuple):
