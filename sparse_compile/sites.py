@@ -33,7 +33,7 @@ class Reason(Enum):
         "no_gain",
         True,
         "a sparse call would not be faster than dense attention here",
-        "A min_tokens forces it.",
+        "Setting min_tokens to a number forces it.",
     )
     ONE_BLOCK = ("one_block", True, "one block holds all video tokens: nothing to skip", "Lower block_size.")
     DENSE_LAYER = ("dense_layer", True, "one of the layers that dense_layers keeps dense", "")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -35,7 +36,7 @@ def answer(library: Path) -> int:
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder of the libraries, in a cache of this test's own. It is not there yet."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "sparse_compile"
+    return tmp_path / "cache" / f"sparse_compile_{os.getuid()}"
 
 
 @pytest.fixture

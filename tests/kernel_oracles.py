@@ -45,7 +45,7 @@ def random_tensor(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32
 
 
 def new_log() -> Tensor:
-    return torch.zeros(1 + ROWS, COLUMNS)
+    return torch.zeros(1 + ROWS, COLUMNS, dtype=torch.float32)
 
 
 def cluster(

@@ -62,7 +62,10 @@ class Sizes:
     model: VideoModel = SMALL_WAN
     methods: tuple[str, ...] = ("svg2", "adaspa")
     options: Mapping[str, Mapping[str, Any]] = field(
-        default_factory=lambda: {"svg2": {"density": 0.25, "strict": True}, "adaspa": {"strict": True}}
+        default_factory=lambda: {
+            "svg2": {"density": 0.25, "strict": True, "min_tokens": 1},
+            "adaspa": {"strict": True, "min_tokens": 1},
+        }
     )
     """Of the generations. Weights are random, so their attention is flat and SVG2's top-p would keep nearly all keys:
     it is given the density. ``strict`` only turns a model that stays dense into an error."""

@@ -68,8 +68,11 @@ def check_versions() -> list[Finding]:
 def check_devices() -> list[Finding]:
     """What torch can compute on, and which kernels run there; plain torch is slow, but no problem of the backend."""
     cpu = f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} thread(s)"
-    reason = build.why_not()  # builds them if they were not: their first use would
-    kernels = f"plain torch: {reason}" if reason else f"cpu kernels for {isa.detected().name}"
+    kernels = f"cpu kernels for {isa.detected().name}"
+    if torch.cuda.is_available():
+        kernels += ", built when a model first needs them"
+    elif reason := build.why_not():  # builds them if they were not, as their first use would
+        kernels = f"plain torch: {reason}"
     findings = [Finding("cpu", f"{cpu}, {kernels}")]
     for index in range(torch.cuda.device_count()):
         major, minor = torch.cuda.get_device_capability(index)

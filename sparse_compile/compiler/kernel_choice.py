@@ -29,9 +29,7 @@ class KernelChoice(NamedTuple):
 
 
 def choose_kernel(config: Config, inputs: Iterable[Any]) -> KernelChoice:
-    """The implementation for the device of a graph's tensors: asked for, or the best there is.
-
-    The first graph on a CPU may build the CPU kernels here.
+    """The implementation for the device of a graph's tensors: asked for, or the best there is. Builds nothing.
 
     Args:
         config: the options.
@@ -49,11 +47,28 @@ def choose_kernel(config: Config, inputs: Iterable[Any]) -> KernelChoice:
         raise SparseAttentionError("kernel='triton' needs tensors on a CUDA device", types, "Use kernel='auto'.")
     if config.kernel == "reference":
         return KernelChoice("reference")
-    best = "cpu" if on_cpu else "triton"
-    reason = build.why_not() if on_cpu else next((why for device in devices if (why := why_not_triton(device))), "")
-    if reason and config.kernel == best:
-        raise SparseAttentionError(f"kernel={best!r} cannot run: {reason}", types, "Use kernel='auto'.")
-    return KernelChoice("reference", reason) if reason else KernelChoice(best)
+    if on_cpu:
+        return KernelChoice("cpu")
+    reason = next((why for device in devices if (why := why_not_triton(device))), "")
+    return _or_plain_torch("triton", reason, types, config)
+
+
+def ready_to_run(choice: KernelChoice, config: Config) -> KernelChoice:
+    """A choice that a graph may call: where it is the CPU kernels, they are built by now, or it is plain torch.
+
+    The first time on a machine this takes half a minute, so it is for graphs that have a sparse site.
+
+    Raises:
+        SparseAttentionError: ``kernel`` asks for the CPU kernels, and they cannot be built.
+    """
+    return _or_plain_torch("cpu", build.why_not(), "cpu", config) if choice.name == "cpu" else choice
+
+
+def _or_plain_torch(name: str, reason: str, devices: str, config: Config) -> KernelChoice:
+    """An implementation, or plain torch where there is a reason why not; an error where it was asked for by name."""
+    if reason and config.kernel == name:
+        raise SparseAttentionError(f"kernel={name!r} cannot run: {reason}", devices, "Use kernel='auto'.")
+    return KernelChoice("reference", reason) if reason else KernelChoice(name)
 
 
 def why_not_triton(device: torch.device) -> str:

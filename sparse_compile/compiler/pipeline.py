@@ -14,7 +14,7 @@ import sparse_compile.ops  # noqa: F401 - registers the ops that the strategies 
 from sparse_compile.compiler import torch_internals
 from sparse_compile.compiler.cpu_cost import estimate
 from sparse_compile.compiler.guards import add_phase_guard
-from sparse_compile.compiler.kernel_choice import KernelChoice, choose_kernel
+from sparse_compile.compiler.kernel_choice import KernelChoice, choose_kernel, ready_to_run
 from sparse_compile.compiler.lowering import lower
 from sparse_compile.config import Config
 from sparse_compile.errors import StrictModeError
@@ -54,9 +54,10 @@ def compile_graph(
     planner = registry.planner(config, load_strategy(config.method))
     sites = find_sites(graph_module, inputs, torch_internals.graph_inputs(graph_module), planner)
     check_strict(sites, config)
-    # Only now: the first choice on a machine may build kernels for half a minute.
-    kernel = choose_kernel(config, inputs) if any(site.sparse for site in sites) else KernelChoice("")
+    kernel = choose_kernel(config, inputs)
     sites = [_if_it_gains(site, planner, kernel.name) for site in sites]
+    if any(site.sparse for site in sites):
+        kernel = ready_to_run(kernel, config)
     layers = _layers_of(sites)
     phase = _phase_of(layers, planner, registry)
     _record(graph_module, sites, phase, kernel, planner, registry)
@@ -113,13 +114,21 @@ def _with_known_state(site: Site, planner: Planner, known: frozenset[Any]) -> Si
 
 
 def _if_it_gains(site: Site, planner: Planner, kernel: str) -> Site:
-    """A site whose sparse calls cannot win on this CPU stays dense, unless ``min_tokens`` is a number."""
+    """A site whose sparse calls cannot win on this CPU stays dense, unless ``min_tokens`` is a number.
+
+    One of symbolic length is not judged: the graph is for all lengths, and the estimate would be for the first.
+    """
     strategy = planner.strategy
     if not site.sparse or kernel != "cpu" or planner.config.min_tokens is not None:
         return site
-    if not isinstance(strategy, ExpectsEffort):
+    lengths = (node.meta["example_value"].shape[2] for node in (site.query, site.key))
+    if not isinstance(strategy, ExpectsEffort) or any(isinstance(length, torch.SymInt) for length in lengths):
         return site
-    expected = estimate(site, strategy.effort(site, planner.config), detected().name, torch.get_num_threads())
+    try:
+        expected = estimate(site, strategy.effort(site, planner.config), detected().name, torch.get_num_threads())
+    except Exception:  # a strategy of a plug-in, on a graph it did not expect
+        log.exception("%s cannot say what %s costs; it is not judged", strategy, site.name)
+        return site
     return site.decided(Reason.NO_GAIN, str(expected)) if expected.sparse >= expected.dense else site
 
 

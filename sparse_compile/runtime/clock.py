@@ -107,7 +107,8 @@ class Claim:
             raise StrictModeError(
                 "under strict, some attention must become sparse in each generation",
                 f"{self.clock.steps} steps of {type(self.model()).__name__}, all dense",
-                "See sparse_compile.explain(model) for the reason of each site; lower min_tokens or dense_steps.",
+                "See sparse_compile.explain(model) for the reason of each site; set min_tokens to a (lower) number, or"
+                " lower dense_steps.",
             )
 
     def _move(self, count: bool) -> None:

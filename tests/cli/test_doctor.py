@@ -92,7 +92,7 @@ def test_each_gpu_is_listed_with_the_kernels_that_run_there(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capabilities[number[device]])
     monkeypatch.setattr("triton.__version__", "3.6.0")
     cpu, new, old = doctor.check_devices()
-    assert cpu.value.endswith(f"cpu kernels for {detected().name}")
+    assert cpu.value.endswith(f"cpu kernels for {detected().name}, built when a model first needs them")
     assert new.subject == "cuda:0" and new.value == "Some GPU, sm_90, triton 3.6.0 kernels"
     assert old.value.startswith("Some GPU, sm_75, plain torch: ") and "kernels need sm_80 or newer" in old.value
     assert not any(finding.problem for finding in (new, old))

@@ -10,6 +10,7 @@ from attention_blocks import SelfAttention, site_of, video
 from toy_models import EAGER, Stack, tokens
 
 import sparse_compile
+from sparse_compile.compiler import pipeline
 from sparse_compile.compiler.cpu_cost import EFFICIENCY, MULTIPLIES_PAIRS, Estimate, estimate
 from sparse_compile.config import Config
 from sparse_compile.kernels.cpp import isa
@@ -93,11 +94,35 @@ def test_the_report_tells_the_estimate_of_a_site_that_cannot_win() -> None:
     options = {"min_tokens": "auto", "q_clusters": 16, "k_clusters": 32}
     sites = report_of(SHORT_OF_A_GAIN, **options).sites
     assert sites and {(site.decision, site.reason, site.by_design) for site in sites} == {("dense", "no_gain", True)}
-    assert all("ms sparse" in site.detail and "min_tokens forces it" in site.detail for site in sites)
+    assert all(
+        "ms sparse" in site.detail and "Setting min_tokens to a number forces it" in site.detail for site in sites
+    )
 
 
 def test_a_number_of_tokens_takes_what_the_model_would_leave() -> None:
     options = {"min_tokens": SHORT_OF_A_GAIN, "q_clusters": 16, "k_clusters": 32}
+    assert {site.decision for site in report_of(SHORT_OF_A_GAIN, **options).sites} == {"sparse"}
+
+
+def test_one_graph_for_all_lengths_is_not_judged_by_the_first() -> None:
+    model = torch.compile(
+        Stack(), backend="sparse_attn", dynamic=True, options={**EAGER, "min_tokens": "auto", "q_clusters": 16}
+    )
+    with torch.no_grad():
+        model(tokens(SHORT_OF_A_GAIN))
+    assert {site.decision for site in sparse_compile.explain(model).sites} == {"sparse"}
+
+
+class Careless(Svg2):
+    """A method whose effort fails."""
+
+    def effort(self, site: Site, config: Config) -> Effort:
+        raise KeyError(site.name)
+
+
+def test_a_method_that_cannot_say_what_it_costs_is_not_judged(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline, "load_strategy", lambda name: Careless())
+    options = {"min_tokens": "auto", "q_clusters": 16, "k_clusters": 32}
     assert {site.decision for site in report_of(SHORT_OF_A_GAIN, **options).sites} == {"sparse"}
 
 

@@ -13,7 +13,7 @@ from cpp_sources import cache, use_compiler
 from toy_models import EAGER, Stack, tokens
 
 import sparse_compile
-from sparse_compile.compiler.kernel_choice import KernelChoice, choose_kernel
+from sparse_compile.compiler.kernel_choice import KernelChoice, choose_kernel, ready_to_run
 from sparse_compile.config import Config
 from sparse_compile.errors import SparseAttentionError
 from sparse_compile.kernels.cpp import build
@@ -58,13 +58,13 @@ def without_compiler(cache: Path, use_compiler: Callable[[str], None], monkeypat
 
 @pytest.mark.usefixtures("without_compiler")
 def test_without_a_compiler_the_cpu_gets_plain_torch_and_the_reason() -> None:
-    name, reason = choose_kernel(Config(), ON_CPU)
+    name, reason = ready_to_run(choose_kernel(Config(), ON_CPU), Config())
     assert name == "reference"
     assert "No working C++ compiler" in reason and "set CXX to a C++20 compiler" in reason
     with pytest.raises(
         SparseAttentionError, match=r"kernel='cpu' cannot run: No working .*; got 'cpu'. Use kernel='au"
     ):
-        choose_kernel(Config(kernel="cpu"), ON_CPU)
+        ready_to_run(KernelChoice("cpu"), Config(kernel="cpu"))
     assert choose_kernel(Config(kernel="reference"), ON_CPU) == KernelChoice("reference")
 
 
@@ -87,7 +87,36 @@ def test_a_graph_that_needs_no_cpu_kernels_builds_none(
     gpu: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch, kernel: str
 ) -> None:
     monkeypatch.setattr(build, "why_not", lambda: pytest.fail("it would build"))
-    assert choose_kernel(Config(kernel=kernel), ON_CPU if kernel == "reference" else gpu) == KernelChoice(kernel)
+    config = Config(kernel=kernel)
+    chosen = choose_kernel(config, ON_CPU if kernel == "reference" else gpu)
+    assert ready_to_run(chosen, config) == KernelChoice(kernel)
+
+
+@pytest.mark.parametrize(
+    ("model", "options"),
+    [
+        (torch.nn.Linear(32, 32), {}),
+        (Stack(), {"min_tokens": 1000}),
+        (Stack(), {"min_tokens": "auto", "q_clusters": 4, "k_clusters": 8}),
+        (Stack(), {"method": "dense"}),
+    ],
+    ids=["no attention", "too short", "no gain", "dense"],
+)
+def test_a_model_without_a_sparse_site_builds_none(
+    monkeypatch: pytest.MonkeyPatch, model: torch.nn.Module, options: dict[str, object]
+) -> None:
+    monkeypatch.setattr(build, "why_not", lambda: pytest.fail("it would build"))
+    torch.compiler.reset()
+    config = {"lowering": "eager", "dense_layers": 0, **options}
+    with torch.no_grad():
+        torch.compile(model, backend="sparse_attn", options=config)(tokens())
+
+
+def test_a_kernel_of_another_device_is_refused_where_nothing_is_sparse_too() -> None:
+    torch.compiler.reset()
+    compiled = torch.compile(Stack(), backend="sparse_attn", options={**EAGER, "min_tokens": 1000, "kernel": "triton"})
+    with torch.no_grad(), pytest.raises(Exception, match="kernel='triton' needs tensors on a CUDA device"):
+        compiled(tokens())
 
 
 def test_an_old_gpu_gets_plain_torch_and_the_reason(gpu: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> None:

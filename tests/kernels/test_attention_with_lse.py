@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparse_compile.error_budget import assert_within_error_budget, nan_filled_empty
 from sparse_compile.kernels.block_mass import cpu, reference
+from sparse_compile.kernels.block_sparse_attention import cpu as cpu_attention
 from sparse_compile.plan import Groups
 
 each_kernel = pytest.mark.parametrize("kernel", IMPLEMENTATIONS)
@@ -214,14 +215,14 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("module", [cpu, reference])
-def test_no_tensor_of_a_whole_search_is_as_large_as_all_scores(module):
+@pytest.mark.parametrize(("attention", "mass"), [(cpu_attention, cpu), (reference, reference)])
+def test_no_tensor_of_a_whole_search_is_as_large_as_all_scores(attention, mass):
     q = random_tensor(1, 1, 2048, 8)
     side = Groups(None, torch.tensor([*range(0, 2049, 64), 2048], dtype=torch.int32).view(1, 1, -1))
     lse, ready = torch.zeros(1, 1, 2048), torch.zeros(1, dtype=torch.int32)
     with LargestTensor() as largest:
-        module.attention_with_lse(q, q, q, None, None, True, 0.25, torch.empty_like(q), lse)
-        module.block_mass(q, q, lse, ready, side, side, 0.25, 1, False)
+        attention.attention_with_lse(q, q, q, None, None, True, 0.25, torch.empty_like(q), lse)
+        mass.block_mass(q, q, lse, ready, side, side, 0.25, 1, False)
     assert q.numel() <= largest.elements <= 2048 * 2048 // 4
 
 

@@ -9,30 +9,19 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from attention_cases import assert_matches_exact, random_inputs
+from cpp_levels import levels
 from kernel_oracles import DTYPES, OPS, assert_same_bits, attend, labels_of, packed, random_plan, random_tensor
 
-from sparse_compile.kernels.cpp import build, isa
+from sparse_compile.kernels.cpp.build import using
+from sparse_compile.kernels.cpp.isa import Isa
 from sparse_compile.plan import Plan, PooledKeys
 
-TILES = isa.Isa("emulated_tiles", (*isa.LEVELS["avx512_bf16"].flags, "-DSPARSE_COMPILE_EMULATED_TILES"))
-"""The AMX path with its tile instructions as functions."""
 SCALE = 0.125
 
 
-def levels() -> Iterator[object]:
-    """The level that users get here, and, as slow cases since each is a build, all others that run here."""
-    best = isa.detected()
-    yield pytest.param(best, id=best.name)
-    others = [level for level in isa.runnable() if level != best]
-    if isa.LEVELS["avx512_bf16"] in isa.runnable():
-        others.append(TILES)
-    for level in others:
-        yield pytest.param(level, id=level.name, marks=pytest.mark.slow)
-
-
 @pytest.fixture(params=levels())
-def level(request: pytest.FixtureRequest) -> Iterator[isa.Isa]:
-    with build.using(request.param):
+def level(request: pytest.FixtureRequest) -> Iterator[Isa]:
+    with using(request.param):
         yield request.param
 
 
@@ -72,6 +61,21 @@ def test_pooled_keys_on_every_instruction_set(level, dtype, coupled):
     finite = expected_lse.isfinite()
     assert torch.equal(lse.isfinite(), finite)
     assert (lse - expected_lse)[finite].abs().max() <= (1e-3 if dtype is torch.bfloat16 else 1e-5)
+
+
+@pytest.mark.parametrize("factor", [3e3, 3e4, 1e6])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logits_of_any_size_leave_a_row_its_heaviest_key(level, dtype, factor):
+    q, k, v = random_inputs(300, 400, 64, heads=(2, 2), dtype=dtype)
+    q, k = q * factor, k * factor
+    plan = random_plan(2, 2, 2, 300, 400)
+    out, lse = attend(q, k, v, plan, SCALE)
+    expected, expected_lse = attend(q.double(), k.double(), v.double(), plan, SCALE, kernel="reference")
+    assert torch.equal(lse.isfinite(), expected_lse.isfinite()) and out.isfinite().all()
+    finite = expected_lse.isfinite()
+    assert ((lse - expected_lse)[finite] / expected_lse[finite]).abs().max() <= 1e-6
+    # Two logits that are one rounding apart may change places.
+    assert ((out.double() - expected).abs().amax(-1) <= 2e-2).double().mean() > 0.99
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -163,7 +167,7 @@ def test_a_batch_stride_of_zero():
     assert_same_bits(attend(*expanded, plan, SCALE), attend(*(x.contiguous() for x in expanded), plan, SCALE))
 
 
-@pytest.mark.parametrize("scale", [0.0, -0.3, 1e-30])
+@pytest.mark.parametrize("scale", [0.0, -0.3, 1e-30, 1e-39, 1e-50])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_any_scale(dtype, scale):
     q, k, v = random_inputs(90, 110, 24, dtype=dtype)
@@ -199,6 +203,7 @@ def test_sizes_of_zero(queries, keys, size, value_size, batch):
         ("k_offsets", 3, -7, "must rise from 0"),
         ("k_order", 10, 150, "must name tokens from 0 to 149"),
         ("q_order", 10, -1, "must name tokens from 0 to 129"),
+        ("q_order", slice(4, 6), 3, "each once"),
     ],
 )
 def test_a_plan_that_leaves_the_tensors_is_an_error(field, place, value, rule):
@@ -207,3 +212,20 @@ def test_a_plan_that_leaves_the_tensors_is_an_error(field, place, value, rule):
     getattr(plan, field)[1, 0, place] = value
     with pytest.raises(RuntimeError, match=rule):
         attend(q, k, v, plan, SCALE)
+
+
+def test_a_plan_of_other_heads_or_groups_is_an_error():
+    q, k, v = random_inputs(130, 150, 40)
+    plan = random_plan(2, 2, 1, 130, 150)
+    halved = Plan(*(x[:1] for x in vars(plan).values()))
+    with pytest.raises(RuntimeError, match="offsets for 4 heads"):
+        attend(q, k, v, halved, SCALE)
+    short = Plan(plan.q_order, plan.q_offsets, plan.k_order, plan.k_offsets, plan.keep[:, :, :1].contiguous())
+    with pytest.raises(RuntimeError, match="a row for each of 5 query groups"):
+        attend(q, k, v, short, SCALE)
+
+
+def test_tensors_of_two_dtypes_are_an_error():
+    q, k, v = random_inputs(130, 150, 40)
+    with pytest.raises(RuntimeError, match="must share a dtype"):
+        attend(q, k, v.bfloat16(), random_plan(2, 2, 1, 130, 150), SCALE)

@@ -8,12 +8,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from cpp_levels import each_level
 from kernel_oracles import DTYPES, assert_same_bits, random_plan, random_tensor
 
 from sparse_compile.error_budget import nan_filled_empty
 from sparse_compile.kernels.block_mass import cpu, reference
 from sparse_compile.kernels.cpp.build import using
-from sparse_compile.kernels.cpp.isa import detected, runnable
 from sparse_compile.plan import Groups
 
 SCALE = 0.25
@@ -23,11 +23,6 @@ MODES = {"fresh": (READY, True), "kept": (READY, False), "anew": (NOT_READY, Fal
 
 each_dtype = pytest.mark.parametrize("dtype", DTYPES)
 each_mode = pytest.mark.parametrize("mode", MODES)
-each_level = pytest.mark.parametrize(
-    "level",
-    [pytest.param(level, marks=() if level == detected() else pytest.mark.slow) for level in runnable()],
-    ids=lambda level: level.name,
-)
 
 
 def make_inputs(queries, keys, *, size=16, heads=(2, 2), batch=1, dtype=torch.float32):

@@ -8,21 +8,16 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from cpp_levels import each_level
 from kernel_oracles import DTYPES, assert_same_bits, cluster, random_tensor, squared_distances
 
 from sparse_compile.error_budget import nan_filled_empty
 from sparse_compile.kernels.cpp.build import using
-from sparse_compile.kernels.cpp.isa import detected, runnable
 from sparse_compile.kernels.kmeans import cpu, reference
 from sparse_compile.kernels.permutation.cpu import sort_labels
 from sparse_compile.kernels.permutation.reference import sort_labels as stable_sort
 
 each_dtype = pytest.mark.parametrize("dtype", DTYPES)
-each_level = pytest.mark.parametrize(
-    "level",
-    [pytest.param(level, marks=() if level == detected() else pytest.mark.slow) for level in runnable()],
-    ids=lambda level: level.name,
-)
 SIZES = [(1, 8, 1), (63, 40, 16), (65, 64, 17), (257, 7, 33), (120, 256, 107), (1000, 128, 70)]
 """Tokens, components, clusters."""
 each_size = pytest.mark.parametrize(("tokens", "size", "clusters"), SIZES)

@@ -8,20 +8,15 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from cpp_levels import each_level
 from kernel_oracles import DTYPES, assert_same_bits, random_plan, random_tensor
 
 from sparse_compile.error_budget import nan_filled_empty
 from sparse_compile.kernels.cpp.build import using
-from sparse_compile.kernels.cpp.isa import detected, runnable
 from sparse_compile.kernels.permutation.reference import sort_labels
 from sparse_compile.kernels.pooled_keys import cpu, reference
 
 each_dtype = pytest.mark.parametrize("dtype", DTYPES)
-each_level = pytest.mark.parametrize(
-    "level",
-    [pytest.param(level, marks=() if level == detected() else pytest.mark.slow) for level in runnable()],
-    ids=lambda level: level.name,
-)
 
 
 @pytest.fixture

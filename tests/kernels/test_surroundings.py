@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 from kernel_oracles import IMPLEMENTATIONS, OPS, assert_same_bits, inputs, new_log
 
+
+@contextlib.contextmanager
+def default_dtype():
+    """A process that makes its tensors in half precision unless told otherwise."""
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 SURROUNDINGS = {
+    "default dtype": default_dtype,
     "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
     "gradients": torch.enable_grad,
     "inference mode": torch.inference_mode,
@@ -27,7 +41,8 @@ def attend(q, k, v, plan, kernel):
 
 
 def svg2(q, k, v, kernel):
-    state = [torch.zeros(1, 2, 8, 16), torch.zeros(1, 1, 12, 16), torch.zeros(1, dtype=torch.int32)]
+    state = [torch.zeros(1, 2, 8, 16, dtype=torch.float32), torch.zeros(1, 1, 12, 16, dtype=torch.float32)]
+    state.append(torch.zeros(1, dtype=torch.int32))
     made = OPS.kmeans(q, k, None, None, SPAN, SPAN, *state, True, 4, 0, kernel)
     q_order, q_offsets, q_means, k_order, k_offsets, k_means, _ = made
     settings = (SCALE, 0.5, 0.0, None, "mass", True, 0, kernel)
@@ -36,7 +51,8 @@ def svg2(q, k, v, kernel):
 
 
 def adaspa(q, k, v, kernel):
-    lse, offset, ready = torch.zeros(1, 2, 130), torch.zeros(1, 2), torch.zeros(1, dtype=torch.int32)
+    lse, offset = torch.zeros(1, 2, 130, dtype=torch.float32), torch.zeros(1, 2, dtype=torch.float32)
+    ready = torch.zeros(1, dtype=torch.int32)
     cut = OPS.token_blocks(q, k, None, None, SPAN, SPAN, 16, 16, kernel)
     plan, sides = (None, cut[1], None, cut[4]), (cut[1], cut[2], cut[4], cut[5])
     keep = torch.zeros(1, 2, cut[2].numel(), 1, dtype=torch.int32)

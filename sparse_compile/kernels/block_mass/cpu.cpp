@@ -231,11 +231,11 @@ void block_mass(const at::Tensor& q, const at::Tensor& k, const std::optional<at
                 const at::Tensor& lse, const std::optional<at::Tensor>& heads, double scale, int64_t row_stride,
                 const at::Tensor& mass, const std::optional<at::Tensor>& ratios) {
   TORCH_CHECK(row_stride > 0, "row_stride must be at least 1, not ", row_stride);
-  const Search search{Grouping(q_order, q_offsets, q.size(2)), row_stride, lse.const_data_ptr<float>(),
+  const Search search{Grouping(q_order, q_offsets, q), row_stride, lse.const_data_ptr<float>(),
                       heads ? heads->const_data_ptr<bool>() : nullptr, mass.mutable_data_ptr<float>(),
                       ratios ? ratios->mutable_data_ptr<double>() : nullptr};
   with_types_of(q, [&]<class M, typename T>(M, T) {
-    const Scores<M, T> scores(q, k, Grouping(k_order, k_offsets, k.size(2)), scale);
+    const Scores<M, T> scores(q, k, Grouping(k_order, k_offsets, k), scale);
     scores.run([&](auto&&... range) { search.list(ROWS_AT_ONCE<M>, range...); },
                [&](const auto&... keys) { return MassWorker<M, T>(search, scores, keys...); });
   });
@@ -245,7 +245,7 @@ void log_sum_exp(const at::Tensor& q, const at::Tensor& k, const std::optional<a
                  const at::Tensor& k_offsets, const at::Tensor& chosen, double scale, const at::Tensor& lse) {
   const Renewal renewal{chosen.const_data_ptr<bool>(), lse.mutable_data_ptr<float>(), q.size(2)};
   with_types_of(q, [&]<class M, typename T>(M, T) {
-    const Scores<M, T> scores(q, k, Grouping(k_order, k_offsets, k.size(2)), scale);
+    const Scores<M, T> scores(q, k, Grouping(k_order, k_offsets, k), scale);
     scores.run([&](auto&&... range) { renewal.list(ROWS_AT_ONCE<M>, range...); },
                [&](const auto&... keys) { return RenewalWorker<M, T>(renewal, scores, keys...); });
   });

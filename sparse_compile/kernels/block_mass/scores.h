@@ -93,16 +93,15 @@ class Tile {
   template <class Visit, class End>
   void for_each_step(Visit visit, End end) {
     const int64_t first = layout_.first(key_head_, 0), count = layout_.first(key_head_, scores_.keys.groups) - first;
-    const int64_t steps = (count + PANELS_AT_ONCE - 1) / PANELS_AT_ONCE;
     if constexpr (USES_TILES<M>) configure_tiles();
-    for (int64_t n = 0; n < steps; ++n) {
-      const Step step{first + count * n / steps, first + count * (n + 1) / steps};
+    for_even_steps(count, [&](int64_t begin, int64_t behind) {
+      const Step step{first + begin, first + behind};
       for_row_blocks<M>(rows_, [&](auto rows, int row) {
         this->template multiply<rows()>(row, step);
         visit(rows, row, step);
       });
       end(step);
-    }
+    });
     if constexpr (USES_TILES<M>) release_tiles();
   }
 
@@ -116,16 +115,9 @@ class Tile {
  private:
   template <int ROWS>
   void multiply(int row, const Step& step) {
-    const int64_t depth = scores_.packed.depth, stride = scores_.packed.keys;
-    const Unit* q = q_.data() + row * depth;
-    float* to = block_.data();
-    for (int64_t panel = step.first; panel < step.last; panel += 2, to += 2 * PANEL) {
-      const Unit* keys = packed_keys_ + panel * stride;
-      if (panel + 1 < step.last)
-        multiply_keys<M, ROWS, 2>(q, depth, keys, keys + stride, depth, to, SCORE_STRIDE);
-      else
-        multiply_keys<M, ROWS, 1>(q, depth, keys, keys, depth, to, SCORE_STRIDE);
-    }
+    const int64_t depth = scores_.packed.depth;
+    const auto keys_of = [&](int n) { return packed_keys_ + (step.first + n) * scores_.packed.keys; };
+    multiply_panels<M, ROWS>(q_.data() + row * depth, depth, step.panels(), keys_of, block_.data(), SCORE_STRIDE);
   }
 
   const Scores<M, T>& scores_;

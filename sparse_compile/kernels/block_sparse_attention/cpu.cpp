@@ -55,7 +55,11 @@ void attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, co
                const at::Tensor& keep, const std::optional<at::Tensor>& mean_k, const std::optional<at::Tensor>& mean_v,
                const std::optional<at::Tensor>& log_size, const std::optional<at::Tensor>& coupling, double scale,
                at::Tensor& out, at::Tensor& lse) {
-  const Grouping queries(q_order, q_offsets, q.size(2)), keys(k_order, k_offsets, k.size(2));
+  const Grouping queries(q_order, q_offsets, q), keys(k_order, k_offsets, k);
+  TORCH_CHECK(keep.is_contiguous() && keep.size(0) * keep.size(1) == q.size(0) * q.size(1) &&
+                  keep.size(2) == queries.groups && keep.size(3) * 32 >= keys.groups,
+              "the bitmap of a Plan must have a row for each of ", queries.groups, " query groups and a bit for each",
+              " of ", keys.groups, " key groups; got ", keep.sizes());
   const auto data = [](const std::optional<at::Tensor>& x) { return x ? x->const_data_ptr<float>() : nullptr; };
   const Pooled pooled{data(mean_k), data(mean_v), data(log_size), data(coupling)};
   with_types_of(q, [&]<class M, typename T>(M, T) {

@@ -26,7 +26,7 @@ def attention(
     Returns: natural log-sum-exp over kept and pooled keys, float32 [B, H, Sq]; a row without any gives 0 and -inf.
 
     Raises:
-        RuntimeError: the bounds or the order of the plan leave the tensors.
+        RuntimeError: the plan does not fit the tensors, or these differ in dtype.
 
     A tile of queries is one thread's work from end to end, so that no result depends on the number of threads.
     """
@@ -64,6 +64,8 @@ def attention_with_lse(
     lse: Tensor,
 ) -> None:
     """Dense attention that keeps its log-sum-exp, as `block_mass.reference.attention_with_lse`.
+
+    But for a valid value that is infinite: here it gives NaN in its channel, as in sparse attention.
 
     Source: the first search of AdaSpa (arXiv 2502.21079).
     Shapes: q_valid bool [B or 1, Sq] and k_valid bool [B or 1, Sk], or None; lse float32 [B, H, Sq], written; the

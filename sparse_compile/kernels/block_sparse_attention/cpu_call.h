@@ -9,6 +9,8 @@
 
 namespace sparse_compile {
 
+constexpr double LEAST_SCALE = 1e-37;
+
 // Tensors of `sparse_compile.plan.PooledKeys`, float32 and dense.
 struct Pooled {
   const float *mean_k, *mean_v, *log_size, *coupling;  // all null, or the last one
@@ -24,8 +26,8 @@ struct AttentionCall {
       : q(q_), k(k_), v(v_), out(out_), lse(lse_.mutable_data_ptr<float>()), queries(queries_), keys(keys_),
         keep(keep_.const_data_ptr<int32_t>()), words(keep_.size(3)), pooled(pooled_), size(q_.size(3)),
         value_size(v_.size(3)), key_heads(k_.size(0) * k_.size(1)), shared(q_.size(1) / k_.size(1)),
-        packed(size, value_size), sign(scale_ > 0 ? 1.f : scale_ < 0 ? -1.f : 0.f),
-        scale(scale_ == 0 ? 1.f : std::abs(static_cast<float>(scale_))),
+        packed(size, value_size), sign(scale_ > LEAST_SCALE ? 1.f : scale_ < -LEAST_SCALE ? -1.f : 0.f),
+        scale(std::abs(scale_) <= LEAST_SCALE ? 1.f : std::abs(static_cast<float>(scale_))),
         pooled_panels(pooled.mean_k ? (keys.groups + PANEL - 1) / PANEL : 0),
         coupling_panels(pooled.coupling ? (size + PANEL - 1) / PANEL : 0) {}
 
@@ -71,7 +73,8 @@ struct AttentionCall {
   const Pooled pooled;
   const int64_t size, value_size, key_heads, shared;
   const Packed<M> packed;
-  const float sign, scale;  // scores are multiplied by a scale above 0; what it lacks goes into the queries
+  // Scores are multiplied by a scale above 0; what it lacks goes into the queries. One too small to divide by is 0.
+  const float sign, scale;
   const int64_t pooled_panels, coupling_panels;
 
   // Of the key heads that are worked on.

@@ -112,27 +112,17 @@ class TileWorker {
 
   // Go through the listed panels in even steps.
   void add_panels() {
-    const int count = static_cast<int>(list_.keys.size());
-    const int steps = (count + PANELS_AT_ONCE - 1) / PANELS_AT_ONCE;
-    for (int step = 0; step < steps; ++step) {
-      const int first = static_cast<int>(int64_t(count) * step / steps);
-      const int last = static_cast<int>(int64_t(count) * (step + 1) / steps);
-      for_row_blocks<M>(rows_, [&](auto rows, int row) { this->template add_block<rows()>(row, first, last - first); });
-    }
+    for_even_steps(static_cast<int64_t>(list_.keys.size()), [&](int64_t first, int64_t last) {
+      const int count = static_cast<int>(last - first);
+      for_row_blocks<M>(rows_, [&](auto rows, int row) { this->template add_block<rows()>(row, first, count); });
+    });
   }
 
   template <int ROWS>
-  void add_block(int row, int first, int count) {
+  void add_block(int row, int64_t first, int count) {
     const int64_t depth = call_.packed.depth;
-    const Unit* q = q_.data() + row * depth;
-    const Unit* const* keys = list_.keys.data() + first;
-    for (int n = 0; n < count; n += 2) {
-      float* scores = scores_.data() + n * PANEL;
-      if (n + 1 < count)
-        multiply_keys<M, ROWS, 2>(q, depth, keys[n], keys[n + 1], depth, scores, SCORE_STRIDE);
-      else
-        multiply_keys<M, ROWS, 1>(q, depth, keys[n], keys[n], depth, scores, SCORE_STRIDE);
-    }
+    const auto keys_of = [&](int n) { return list_.keys[first + n]; };
+    multiply_panels<M, ROWS>(q_.data() + row * depth, depth, count, keys_of, scores_.data(), SCORE_STRIDE);
     for (int n = 0; n < count; ++n)
       if (const float* bias = list_.biases[first + n]) add_bias<ROWS>(scores_.data() + n * PANEL, load(bias));
     float factors[ROWS];
@@ -159,13 +149,13 @@ class TileWorker {
       odd = maximum(odd, load(scores + (n + 1) * PANEL));
     }
     if (count % 2 == 0) even = maximum(even, load(scores + (count - 1) * PANEL));
-    const float peak = std::max(peak_[row], largest(maximum(even, odd)) * to_base_2);
+    const float peak = std::max(peak_[row], largest(maximum(even, odd)));
     const float base = peak == -INF ? 0.f : peak;
-    const float factor = std::exp2(peak_[row] - base);
+    const float factor = std::exp2((peak_[row] - base) * to_base_2);
     const auto weights = reinterpret_cast<Unit*>(scores);
     Vector sums[2] = {};
     for (int n = 0; n < count; ++n) {
-      const Vector weight = exp2_below_127(load(scores + n * PANEL) * splat(to_base_2) - splat(base));
+      const Vector weight = exp2_below_127((load(scores + n * PANEL) - splat(base)) * splat(to_base_2));
       sums[n % 2] += weight;
       M::store_weights(weights, n * PANEL, weight);
     }
@@ -204,7 +194,7 @@ class TileWorker {
       for (int64_t c = 0; c < call_.value_size; ++c)
         to[c] = static_cast<T>(any ? sums_[row * channels_ + c] * share : 0.f);
       call_.lse[tile.head * call_.queries.tokens + token] =
-          any ? (peak_[row] + std::log2(total_[row])) * LN_2 : -INF;
+          any ? peak_[row] * call_.scale + std::log2(total_[row]) * LN_2 : -INF;
     }
   }
 

@@ -1,7 +1,7 @@
 """Build the library of C++ kernels when it is first needed, keep it in Inductor's cache folder, and load it.
 
 A library that lies in the cache is one that was finished: it is written elsewhere and moved there, its digest beside
-it. Whatever goes wrong is a `BuildError`, and the ops run as plain torch.
+it. Whatever goes wrong is a `BuildError`, and the compiler takes plain torch instead.
 """
 
 from __future__ import annotations
@@ -105,6 +105,9 @@ def failure(isa: Isa) -> str:
     except BuildError as error:
         log.debug("there are no CPU kernels for %s", isa.name, exc_info=error)
         return str(error)
+    except Exception as error:  # a compiler or a torch that is not as we know them: the model must still run
+        log.exception("the CPU kernels for %s cannot be built", isa.name)
+        return str(BuildError.of(f"the CPU kernels cannot be built, {type(error).__name__}: {error}", OTHER_COMPILER))
     return ""
 
 
@@ -212,7 +215,7 @@ def _identity(source: Source, tools: Toolchain, flags: Sequence[str]) -> str:
 
 def _own_folder() -> Path:
     """The folder of our libraries: the user's own, and closed to others."""
-    folder = inductor_cache() / "sparse_compile"
+    folder = inductor_cache() / f"sparse_compile_{os.getuid()}"  # the cache may be shared, what is run may not
     folder.mkdir(mode=0o700, exist_ok=True)
     if not _is_ours_alone(folder):
         raise BuildError.of(

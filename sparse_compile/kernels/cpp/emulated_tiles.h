@@ -3,6 +3,8 @@
 // Rows and bytes a row are those of the configuration, as in Intel's manual (volume 1, chapter 18).
 #pragma once
 
+#include <c10/util/Exception.h>
+
 #include <cstdint>
 #include <cstring>
 
@@ -23,9 +25,20 @@ inline void configure_emulated(const void* config) {
   }
 }
 
+inline void release_emulated() {
+  for (EmulatedTile& tile : emulated_tiles) tile = {};
+}
+
+// A tile that was not configured is an illegal instruction on a CPU.
+inline EmulatedTile& configured(int tile) {
+  TORCH_CHECK(emulated_tiles[tile].rows > 0, "tile ", tile, " is not configured");
+  return emulated_tiles[tile];
+}
+
 inline void zero_emulated(int tile) { std::memset(emulated_tiles[tile].data, 0, sizeof emulated_tiles[tile].data); }
 
 inline void load_emulated(int tile, const void* from, int64_t stride) {
+  configured(tile);
   for (int row = 0; row < emulated_tiles[tile].rows; ++row)
     std::memcpy(emulated_tiles[tile].data[row], static_cast<const char*>(from) + row * stride,
                 emulated_tiles[tile].bytes);
@@ -46,7 +59,7 @@ inline float emulated_bfloat16(const uint8_t* from) {
 }
 
 inline void multiply_emulated(int sums, int left, int right) {
-  EmulatedTile &c = emulated_tiles[sums], &a = emulated_tiles[left], &b = emulated_tiles[right];
+  EmulatedTile &c = configured(sums), &a = configured(left), &b = configured(right);
   for (int m = 0; m < c.rows; ++m)
     for (int k = 0; k < a.bytes / 4; ++k)
       for (int n = 0; n < c.bytes / 4; ++n) {
@@ -67,7 +80,7 @@ inline void multiply_emulated(int sums, int left, int right) {
 #undef _tile_stored
 #undef _tile_dpbf16ps
 #define _tile_loadconfig(config) sparse_compile::configure_emulated(config)
-#define _tile_release()
+#define _tile_release() sparse_compile::release_emulated()
 #define _tile_zero(tile) sparse_compile::zero_emulated(tile)
 #define _tile_loadd(tile, from, stride) sparse_compile::load_emulated(tile, from, stride)
 #define _tile_stored(tile, to, stride) sparse_compile::store_emulated(tile, to, stride)

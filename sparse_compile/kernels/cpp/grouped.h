@@ -21,13 +21,15 @@ struct Grouping {
   int64_t tokens;
   int64_t groups;
 
-  Grouping(const std::optional<at::Tensor>& order_, const at::Tensor& offsets_, int64_t tokens_)
+  // `x` [batch, heads, tokens, ...] is what is grouped.
+  Grouping(const std::optional<at::Tensor>& order_, const at::Tensor& offsets_, const at::Tensor& x)
       : order(order_ ? order_->const_data_ptr<int32_t>() : nullptr),
         offsets(offsets_.const_data_ptr<int32_t>()),
-        tokens(tokens_),
+        tokens(x.size(2)),
         groups(offsets_.size(2) - 1) {
     TORCH_CHECK(offsets_.is_contiguous() && (!order_ || order_->is_contiguous()), "orders and offsets must be dense");
-    const int64_t heads = offsets_.size(0) * offsets_.size(1);
+    const int64_t heads = x.size(0) * x.size(1);
+    TORCH_CHECK(offsets_.size(0) * offsets_.size(1) == heads, "a Plan must have offsets for ", heads, " heads");
     for (int64_t head = 0; head < heads; ++head) {
       bool inside = start(head, 0) == 0 && start(head, groups) == tokens;
       for (int64_t group = 0; group < groups; ++group) inside &= size(head, group) >= 0;
@@ -35,10 +37,16 @@ struct Grouping {
                   " do not");
     }
     if (!order) return;
-    TORCH_CHECK(order_->numel() == heads * tokens, "the order of a Plan must name each token of each head once");
-    const auto [least, most] = std::minmax_element(order, order + heads * tokens);
-    TORCH_CHECK(heads * tokens == 0 || (*least >= 0 && *most < tokens),
-                "the order of a Plan must name tokens from 0 to ", tokens - 1, "; got ", *least, " to ", *most);
+    TORCH_CHECK(order_->numel() == heads * tokens, "the order of a Plan must have ", tokens, " tokens a head");
+    for (int64_t head = 0; head < heads; ++head) {
+      std::vector<bool> named(tokens);
+      for (int64_t position = 0; position < tokens; ++position) {
+        const int64_t own = token(head, position);
+        TORCH_CHECK(own >= 0 && own < tokens && !named[own], "the order of a Plan must name tokens from 0 to ",
+                    tokens - 1, ", each once; head ", head, " has ", own, " at ", position);
+        named[own] = true;
+      }
+    }
   }
 
   int64_t start(int64_t head, int64_t group) const { return offsets[head * (groups + 1) + group]; }
@@ -53,15 +61,23 @@ struct Rows {
   T* data;
   int64_t heads, batch_stride, head_stride, row_stride;
 
-  explicit Rows(const at::Tensor& x)
-      : data(static_cast<T*>(const_cast<void*>(x.const_data_ptr()))),
-        heads(x.size(1)),
-        batch_stride(x.stride(0)),
-        head_stride(x.stride(1)),
-        row_stride(x.stride(2)) {}
+  explicit Rows(const at::Tensor& x) : Rows(x, const_cast<void*>(x.const_data_ptr())) {}
+  explicit Rows(at::Tensor& x) : Rows(x, x.mutable_data_ptr()) {}  // to be written
 
   T* row(int64_t head, int64_t token) const {
     return data + head / heads * batch_stride + head % heads * head_stride + token * row_stride;
+  }
+
+ private:
+  Rows(const at::Tensor& x, void* start)
+      : data(static_cast<T*>(start)),
+        heads(x.size(1)),
+        batch_stride(x.stride(0)),
+        head_stride(x.stride(1)),
+        row_stride(x.stride(2)) {
+    constexpr auto dtype = c10::CppTypeToScalarType<T>::value;
+    TORCH_CHECK(x.scalar_type() == dtype, "the tensors must share a dtype; got ", x.scalar_type(), " and ", dtype);
+    TORCH_CHECK(x.size(3) < 2 || x.stride(3) == 1, "the last dimension must be dense");
   }
 };
 
@@ -133,7 +149,10 @@ inline int64_t heads_at_once(int64_t bytes_a_head) {
 // Memory kept by the calling thread between calls, at least `bytes`: fresh pages cost more than packing into them.
 inline char* workspace(int64_t bytes) {
   static thread_local at::Tensor kept;
-  if (!kept.defined() || kept.numel() < bytes) kept = at::empty({bytes}, at::kByte);
+  if (!kept.defined() || kept.numel() < bytes) {
+    kept.reset();  // before there is more
+    kept = at::empty({bytes}, at::kByte);
+  }
   return static_cast<char*>(kept.data_ptr());
 }
 

@@ -38,6 +38,13 @@ constexpr int ROWS_AT_ONCE = 12 * MOST_ROWS / BLOCK_ROWS<M> * BLOCK_ROWS<M>;
 constexpr int KEYS_AT_ONCE = 256, PANELS_AT_ONCE = KEYS_AT_ONCE / PANEL;
 constexpr int SCORE_STRIDE = KEYS_AT_ONCE + LANES;  // rows fall on different sets of the cache
 
+// Cut panels into even steps of at most PANELS_AT_ONCE: `visit(first, behind last)`.
+template <class Visit>
+inline void for_even_steps(int64_t panels, Visit visit) {
+  const int64_t steps = (panels + PANELS_AT_ONCE - 1) / PANELS_AT_ONCE;
+  for (int64_t step = 0; step < steps; ++step) visit(panels * step / steps, panels * (step + 1) / steps);
+}
+
 constexpr int64_t SEGMENT = 128;  // of a long depth: sums of sums lose fewer digits than one sum
 
 // scores [ROWS, PANELS * PANEL] = rows [ROWS, depth] times the keys of one or two panels, wherever they lie.
@@ -68,6 +75,17 @@ __attribute__((noinline)) void multiply_keys(const typename M::Unit* rows, int64
     }
     begin = end;
   } while (begin < depth);
+}
+
+// scores [ROWS, count * PANEL] = rows [ROWS, depth] times the keys of the panels `keys_of(0)` to `keys_of(count - 1)`.
+template <class M, int ROWS, class KeysOf>
+inline void multiply_panels(const typename M::Unit* rows, int64_t depth, int count, KeysOf keys_of, float* scores,
+                            int64_t score_stride) {
+  int n = 0;
+  for (; n + 1 < count; n += 2)
+    multiply_keys<M, ROWS, 2>(rows, depth, keys_of(n), keys_of(n + 1), depth, scores + n * PANEL, score_stride);
+  if (n < count)
+    multiply_keys<M, ROWS, 1>(rows, depth, keys_of(n), keys_of(n), depth, scores + n * PANEL, score_stride);
 }
 
 // sums [ROWS, CHUNK] = factors [ROWS] * sums + weights [ROWS, panels * PANEL] times one chunk of the panels' values.

@@ -23,6 +23,9 @@ constexpr bool HAVE_TILES = true;
 
 constexpr int TILE_ROWS = 16, TILE_DEPTH = 8;  // units
 
+// What the compiler holds in registers has to be in memory before tiles are loaded: it does not know what they read.
+inline void finish_stores() { __asm__ volatile("" ::: "memory"); }
+
 // Tiles 0 to 3 hold sums, 4 and 5 rows, 6 and 7 panels. A thread has to ask for them before it uses any.
 inline void configure_tiles() {
   struct alignas(64) {
@@ -30,13 +33,11 @@ inline void configure_tiles() {
     uint16_t bytes_a_row[16] = {64, 64, 64, 64, 4 * TILE_DEPTH, 4 * TILE_DEPTH, 64, 64};
     uint8_t rows[16] = {16, 16, 16, 16, 16, 16, TILE_DEPTH, TILE_DEPTH};
   } config;
+  finish_stores();
   _tile_loadconfig(&config);
 }
 
 inline void release_tiles() { _tile_release(); }
-
-// What is in registers or in a write buffer of the compiler's mind has to be in memory before a tile is loaded.
-inline void finish_stores() { __asm__ volatile("" ::: "memory"); }
 
 // scores [ROWS, PANELS * 16]: see `multiply_keys`.
 template <int ROWS, int PANELS>

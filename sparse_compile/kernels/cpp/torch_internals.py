@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -56,7 +55,7 @@ def toolchain() -> Toolchain:
         RuntimeError: there is none that works.
     """
     compiler = cpp_builder.get_cpp_compiler()
-    said = subprocess.run([*shlex.split(compiler), "--version"], capture_output=True, text=True, check=False).stdout
+    said = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
     # A chosen ISA would bring its own flags, and compiling and running a program to try it.
     options = cpp_builder.CppTorchOptions(vec_isa=cpu_vec_isa.invalid_vec_isa, include_pytorch=True, compiler=compiler)
     return Toolchain(compiler, said, options)

@@ -40,7 +40,7 @@ inline void store(float* to, Vector v) { std::memcpy(to, &v, sizeof v); }
 // Where `a` is NaN the result is NaN or `b`; where `b` is NaN it is NaN.
 inline Vector maximum(Vector a, Vector b) { return a > b ? a : b; }
 
-// 2^x with a relative error below 2e-7, for x below 127; exactly 0 from x <= -127 on, NaN for NaN.
+// 2^x with a relative error below 2e-7, for -126 <= x < 127; 0 for x <= -127, NaN for NaN.
 inline Vector exp2_below_127(Vector x) {
   const auto power_of_fraction = [](Vector f) {  // minimax polynomial of 2^f on [0, 1]
     Vector p = splat(0.0018775766948238015f);

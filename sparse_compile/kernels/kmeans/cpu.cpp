@@ -188,12 +188,15 @@ void update(const at::Tensor& x, const at::Tensor& labels, const at::Tensor& inc
     return [&](int64_t head) {
       const int64_t place = head * tokens;
       const auto label_of = [&](int64_t token) -> int64_t {  // what is not included comes last
-        return counts[place + token] ? label[place + token] : clusters;
+        if (!counts[place + token]) return clusters;
+        const int64_t own = label[place + token];
+        TORCH_CHECK(own < clusters, "labels must lie between 0 and ", clusters - 1, "; got ", own);
+        return own;
       };
       sort_by_label(tokens, clusters + 1, label_of, sorted + place, bounds + head * (clusters + 2));
     };
   });
-  const Grouping grouping(order, offsets, tokens);
+  const Grouping grouping(order, offsets, x);
   with_types_of(x, [&]<class M, typename T>(M, T) {
     group_means(Rows<T>(x), x.size(3), grouping, heads, centroids.mutable_data_ptr<float>(), clusters);
   });

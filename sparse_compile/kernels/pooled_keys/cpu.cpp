@@ -158,12 +158,12 @@ class Coupling<T>::Worker {
 }  // namespace
 
 // k [batch, heads, tokens, size]; v [batch, heads, tokens, value_size]; order and offsets of a Plan; visual bool
-// [tokens]; mean_k and mean_v float32 [batch, heads, groups, …], written but for the rows of empty groups and padding;
+// [tokens]; mean_k and mean_v float32 [batch, heads, groups, size], written except for empty groups and padding;
 // coupling float32 [batch, heads, size, value_size], or without elements. All but k and v are dense.
 void pooled_keys(const at::Tensor& k, const at::Tensor& v, const std::optional<at::Tensor>& order,
                  const at::Tensor& offsets, const at::Tensor& visual, at::Tensor& mean_k, at::Tensor& mean_v,
                  at::Tensor& coupling) {
-  const Grouping keys(order, offsets, k.size(2));
+  const Grouping keys(order, offsets, k);
   const int64_t heads = k.size(0) * k.size(1);
   with_types_of(k, [&]<class M, typename T>(M, T) {
     float *means_of_k = mean_k.mutable_data_ptr<float>(), *means_of_v = mean_v.mutable_data_ptr<float>();

@@ -35,8 +35,8 @@ def pooled_keys(
     groups, value_size = k_offsets.shape[2] - 1, v.shape[3]
     counts = k_offsets.diff()
     counts[..., -1] = 0
-    mean_k, mean_v = (torch.zeros((batches, heads, groups, width)) for width in (size, value_size))
-    coupling = torch.empty((batches, heads, *((size, value_size) if coupled else (0, 0))))
+    mean_k, mean_v = (torch.zeros((batches, heads, groups, width), dtype=torch.float32) for width in (size, value_size))
+    coupling = torch.empty((batches, heads, *((size, value_size) if coupled else (0, 0))), dtype=torch.float32)
     library().pooled_keys(
         dense_rows(k),
         dense_rows(v),
