@@ -81,8 +81,8 @@ class Plan:
                 row_keys = torch.where(kept, own, 0).sum(-1)
                 rows = q_sizes[batch, head, :-1].double()
                 valid = rows.sum() * own[:-1].sum()
-                attended = rows @ row_keys[:-1].double()
-                densities[batch, head] = torch.where(valid > 0, attended / valid.clamp(min=1), 1.0)
+                share = rows @ row_keys[:-1].double() / valid.clamp(min=1)
+                densities[batch, head] = torch.where(valid > 0, share, torch.ones_like(share))
         return densities
 
 

@@ -147,7 +147,8 @@ def shares(valid: Tensor, sizes: Tensor) -> Tensor:
 
 def recall(share: Tensor, kept: Tensor) -> Tensor:
     """Sum of the shares [Gq, Gk] that are kept, float64 []; 1 where there is no mass at all."""
-    return torch.where((share > 0).any(), torch.where(kept, share, 0).sum().clamp(max=1), 1.0)
+    total = torch.where(kept, share, 0).sum().clamp(max=1)
+    return torch.where((share > 0).any(), total, torch.ones_like(total))  # a number would have the default dtype
 
 
 def _rank(x: Tensor) -> Tensor:
