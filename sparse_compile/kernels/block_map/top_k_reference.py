@@ -141,7 +141,7 @@ def shares(valid: Tensor, sizes: Tensor) -> Tensor:
     large drift would speak for the others. Shapes: valid [Gq, Gk]; sizes int32 [Gq].
     """
     total = valid.sum(-1, keepdim=True)
-    weight = torch.where(total > 0, sizes.unsqueeze(-1), 0)
+    weight = torch.where(total > 0, sizes.unsqueeze(-1), 0).to(valid.dtype)
     return valid / torch.where(total > 0, total, 1) * (weight / weight.sum().clamp(min=1))
 
 
