@@ -11,6 +11,7 @@ import torch
 from attention_cases import assert_matches_exact, random_inputs
 from cpp_levels import levels
 from kernel_oracles import DTYPES, OPS, assert_same_bits, attend, labels_of, packed, random_plan, random_tensor
+from odd_views import VIEWS
 
 from sparse_compile.kernels.cpp.build import using
 from sparse_compile.kernels.cpp.isa import Isa
@@ -23,14 +24,6 @@ SCALE = 0.125
 def level(request: pytest.FixtureRequest) -> Iterator[Isa]:
     with using(request.param):
         yield request.param
-
-
-@pytest.fixture
-def two_threads() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(threads)
 
 
 def pooled_of(k, v, plan, coupled):
@@ -124,20 +117,6 @@ def test_calls_of_two_python_threads_do_not_meet():
         runs = [pool.submit(attend, *cases[n % 2][0], cases[n % 2][1], SCALE) for n in range(40)]
         for n, run in enumerate(runs):
             assert_same_bits(run.result(), expected[n % 2])
-
-
-def oddly_placed(x):
-    """The same numbers at an odd offset of a larger storage."""
-    storage = torch.full((x.numel() + 3,), math.nan, dtype=x.dtype)
-    return storage[3:].view(x.shape).copy_(x)
-
-
-VIEWS = {
-    "token-major": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
-    "last dimension first": lambda x: x.permute(3, 0, 1, 2).contiguous().permute(1, 2, 3, 0),
-    "odd offset": oddly_placed,
-    "rows of a wider tensor": lambda x: torch.cat([x, torch.full_like(x[..., :5], math.nan)], -1)[..., : x.shape[3]],
-}
 
 
 @pytest.mark.parametrize("view", VIEWS)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from cpp_levels import each_level
 from kernel_oracles import DTYPES, assert_same_bits, cluster, random_tensor, squared_distances
+from odd_views import VIEWS
 
 from sparse_compile.error_budget import nan_filled_empty
 from sparse_compile.kernels.cpp.build import using
@@ -25,14 +25,6 @@ each_size = pytest.mark.parametrize(("tokens", "size", "clusters"), SIZES)
 
 def everything(x):
     return torch.ones(x.shape[:-1], dtype=torch.bool)
-
-
-@pytest.fixture
-def two_threads() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(threads)
 
 
 def assert_nearest(x, centroids, labels):
@@ -152,14 +144,6 @@ def test_calls_of_two_python_threads_do_not_meet():
         runs = [pool.submit(cpu.assign, *cases[n % 2], everything(cases[n % 2][0])) for n in range(60)]
         for n, run in enumerate(runs):
             assert torch.equal(run.result(), expected[n % 2])
-
-
-VIEWS = {
-    "token-major": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
-    "last dimension first": lambda x: x.permute(3, 0, 1, 2).contiguous().permute(1, 2, 3, 0),
-    "odd offset": lambda x: torch.cat([x.new_full((3,), math.nan), x.flatten()])[3:].view(x.shape),
-    "rows of a wider tensor": lambda x: torch.cat([x, torch.full_like(x[..., :5], math.nan)], -1)[..., :-5],
-}
 
 
 @pytest.mark.parametrize("view", VIEWS)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from cpp_levels import each_level
 from kernel_oracles import DTYPES, assert_same_bits, random_plan, random_tensor
+from odd_views import VIEWS
 
 from sparse_compile.error_budget import nan_filled_empty
 from sparse_compile.kernels.cpp.build import using
@@ -17,14 +17,6 @@ from sparse_compile.kernels.permutation.reference import sort_labels
 from sparse_compile.kernels.pooled_keys import cpu, reference
 
 each_dtype = pytest.mark.parametrize("dtype", DTYPES)
-
-
-@pytest.fixture
-def two_threads() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(threads)
 
 
 def random_keys(tokens, size=24, value_size=40, *, groups=7, batch=2, heads=2, dtype=torch.float32):
@@ -120,14 +112,6 @@ def test_calls_of_two_python_threads_do_not_meet():
         runs = [threads.submit(cpu.pooled_keys, *args, [0, args[0].shape[2]], True) for args in cases * 20]
         for n, run in enumerate(runs):
             assert_same_bits(run.result(), expected[n % 2])
-
-
-VIEWS = {
-    "token-major": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
-    "last dimension first": lambda x: x.permute(3, 0, 1, 2).contiguous().permute(1, 2, 3, 0),
-    "odd offset": lambda x: torch.cat([x.new_full((3,), math.nan), x.flatten()])[3:].view(x.shape),
-    "rows of a wider tensor": lambda x: torch.cat([x, torch.full_like(x[..., :5], math.nan)], -1)[..., :-5],
-}
 
 
 @pytest.mark.parametrize("view", VIEWS)
