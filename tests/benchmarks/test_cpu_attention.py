@@ -192,7 +192,7 @@ def test_a_model_that_stayed_dense_is_an_error_and_the_next_group_has_its_turn(t
     sizes = dataclasses.replace(TINY, options={"svg2": {}, "adaspa": {}})
     status, document = run(tmp_path / "rows.json", "--parts", "generation,op", sizes=sizes)
     failed, *others = document["rows"]
-    assert status == 1 and "too few video tokens" in failed["error"]
+    assert status == 1 and "would not be faster than dense" in failed["error"]
     assert len(others) == 5 and "1 groups of rows failed" in document["summary"]
 
 
