@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ from sparse_compile.kernels.cpp import isa
 from sparse_compile.sites import Site
 from sparse_compile.strategies.adaspa import AdaSpa
 from sparse_compile.strategies.base import Effort, ExpectsEffort
-from sparse_compile.strategies.svg2 import EXPECTED_DENSITY, Svg2
+from sparse_compile.strategies.svg2 import EXPECTED_DENSITY, Svg2, key_clusters, query_clusters
 
 SHORT_OF_A_GAIN = 400
 """Video tokens: more than the method's floor, and too few for the CPU."""
@@ -70,6 +72,21 @@ def test_bfloat16_is_faster_where_its_products_have_an_instruction(site: Site) -
             estimate(of_length(site, 16384), effort, level, 1)
         )
         assert ratio > 1.3 if level in MULTIPLIES_PAIRS else ratio == 1
+
+
+MEASURED = Path(__file__).parents[2] / "benchmarks" / "results" / "cpu_attention.json"
+
+
+def test_the_estimate_is_near_what_was_measured() -> None:
+    rows = json.loads(MEASURED.read_text())["rows"]
+    steps = [row for row in rows if row.get("call") == "svg2 warm" and row["threads"] == 1]
+    assert len(steps) == 12
+    for row in steps:
+        own = site_of(SelfAttention(dtype=getattr(torch, row["dtype"])), video())
+        own = of_length(own, row["tokens"], row["head_size"])
+        q_groups, k_groups = (int(count(row["tokens"], Config())) for count in (query_clusters, key_clusters))
+        effort = Effort(row["density"], 2 * row["tokens"] * (q_groups + k_groups), k_groups)
+        assert 0.8 <= estimate(own, effort, row["isa"], 1).sparse / row["sparse_ms"] <= 1.3
 
 
 def test_methods_expect_what_their_options_say(site: Site) -> None:
