@@ -1,74 +1,35 @@
-"""``sparse-attn bench quality``: how close to dense each method comes with each correction, on the demo model."""
+"""``sparse-attn bench``: what there is to measure, and the arguments of each; the work is done in ``bench_*.py``."""
 
 from __future__ import annotations
 
 import argparse
-import json
-from pathlib import Path
+import importlib
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from sparse_compile.cli.arguments import Commands, positive
 
-from sparse_compile.evaluation.demo_model import TRAINED_SIZES
-from sparse_compile.evaluation.sweep import OnStep, Protocol, Sweep, corrections_grid, run_sweep
 
-QUICK_VIDEOS, VIDEOS = 4, 8
-CAPTION = "Means over the videos, against dense from the same noise; more in the lines of --json"
+def add_to(commands: Commands) -> None:
+    """Add ``bench`` and what it can measure."""
+    bench = commands.add_parser("bench", help="measure methods on the demo model")
+    bench.set_defaults(needs_extra=True)
+    subjects = bench.add_subparsers(dest="subject", required=True)
+    _add_quality(subjects)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run the sweep, print its table, write its rows as JSON lines; 1 if something was compiled again."""
-    console = Console()
-    largest, smallest = TRAINED_SIZES
-    protocol = Protocol(
-        size=smallest if arguments.quick else largest,
-        videos=arguments.videos or (QUICK_VIDEOS if arguments.quick else VIDEOS),
-        steps=arguments.steps,
-        seed=arguments.seed,
+    """Run what was asked for, from its own module; its exit code."""
+    module = importlib.import_module(f"sparse_compile.cli.bench_{arguments.subject}")
+    return int(module.run(arguments))
+
+
+def _add_quality(subjects: Commands) -> None:
+    quality = subjects.add_parser(
+        "quality",
+        help="compare methods and corrections with dense attention",
+        description="Generate the same videos densely and with each method and correction; print how close they are.",
     )
-    grid = corrections_grid()
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as progress:
-
-        def started(label: str) -> OnStep:
-            generations = protocol.videos + (not label.startswith("dense"))
-            task = progress.add_task(label, total=generations * protocol.steps)
-            return lambda _: progress.advance(task)
-
-        sweep = run_sweep(protocol, grid, started)
-    _print(console, sweep)
-    if arguments.json:
-        Path(arguments.json).write_text("".join(json.dumps(line) + "\n" for line in sweep.lines()))
-    return 1 if any(row.recompilations for row in sweep.rows) else 0
-
-
-def _print(console: Console, sweep: Sweep) -> None:
-    protocol = sweep.protocol
-    console.print(
-        f"{protocol.videos} videos of {protocol.size} pixels, {protocol.size.tokens} tokens, {protocol.steps} steps,"
-        f" seed {protocol.seed}, first {protocol.dense_steps:.0%} of the steps dense",
-        highlight=False,
-    )
-    console.print(f"Noise ceiling (dense eager against dense compiled): {sweep.noise_ceiling:.1f} dB", highlight=False)
-    names = ("method", "correction", "density", "density\n_run", "kept\nmass", "PSNR\ndB", "lowest\ndB", "SSIM")
-    table = Table(caption=CAPTION, caption_justify="left")
-    for name in names:
-        table.add_column(name, justify="left" if name in names[:2] else "right")
-    method = sweep.rows[0].method if sweep.rows else ""
-    for row in sweep.rows:
-        if row.method != method:
-            table.add_section()
-            method = row.method
-        table.add_row(
-            row.method,
-            row.correction,
-            *(_figure(value, 3) for value in (row.density, row.density_run, row.kept_mass)),
-            *(_figure(value, 2) for value in (row.psnr, row.psnr_min)),
-            _figure(row.ssim, 3),
-        )
-    console.print(table)
-
-
-def _figure(value: float | None, digits: int) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
+    quality.add_argument("--quick", action="store_true", help="4 videos of the smaller size instead of 8 of the larger")
+    quality.add_argument("--videos", type=positive, metavar="N", help="how many videos")
+    quality.add_argument("--steps", type=positive, default=20, help="denoising steps (default: 20)")
+    quality.add_argument("--seed", type=int, default=0, help="of the starting noise and of the prompts (default: 0)")
+    quality.add_argument("--json", metavar="FILE", help="write one line of JSON per configuration to FILE")

@@ -8,6 +8,8 @@ import importlib.util
 import sys
 from collections.abc import Sequence
 
+from sparse_compile.cli import bench
+from sparse_compile.cli.arguments import key_value, positive
 from sparse_compile.errors import SparseAttentionError
 
 SIZES = ("12x32x48", "9x32x32")
@@ -58,7 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--options method=NAME runs that method alone. Exit code 1: a method made nothing sparse.",
     )
     _add_run_arguments(demo, steps=20, size=SIZES[0])
-    demo.add_argument("--prompts", type=_positive, default=2, metavar="N", help="how many videos (default: 2)")
+    demo.add_argument("--prompts", type=positive, default=2, metavar="N", help="how many videos (default: 2)")
     demo.add_argument("--out", default="demo_output", metavar="DIR", help="folder for pictures (demo_output)")
     demo.add_argument("--json", metavar="FILE", help="write all figures to FILE")
 
@@ -71,18 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_run_arguments(explain, steps=5, size=SIZES[1])
     explain.add_argument("--json", nargs="?", const="-", metavar="FILE", help="JSON, to FILE or to the terminal")
 
-    bench = commands.add_parser(
-        "bench",
-        help="compare methods and corrections with dense attention on the demo model",
-        description="Generate the same videos densely and with each method and correction; print how close they are.",
-    )
-    bench.set_defaults(needs_extra=True)
-    bench.add_argument("what", choices=("quality",), help="what to measure")
-    bench.add_argument("--quick", action="store_true", help="4 videos of the smaller size instead of 8 of the larger")
-    bench.add_argument("--videos", type=_positive, metavar="N", help="how many videos")
-    bench.add_argument("--steps", type=_positive, default=20, help="denoising steps (default: 20)")
-    bench.add_argument("--seed", type=int, default=0, help="of the starting noise and of the prompts (default: 0)")
-    bench.add_argument("--json", metavar="FILE", help="write one line of JSON per configuration to FILE")
+    bench.add_to(commands)
 
     tune = commands.add_parser(
         "tune",
@@ -91,7 +82,7 @@ def build_parser() -> argparse.ArgumentParser:
         "the best ones.",
     )
     tune.set_defaults(needs_extra=False)
-    tune.add_argument("--sizes", type=_positive, nargs="+", default=[64, 128], help="head sizes (default: 64 128)")
+    tune.add_argument("--sizes", type=positive, nargs="+", default=[64, 128], help="head sizes (default: 64 128)")
 
     doctor = commands.add_parser(
         "doctor",
@@ -104,7 +95,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _add_run_arguments(parser: argparse.ArgumentParser, *, steps: int, size: str) -> None:
     parser.set_defaults(needs_extra=True)
-    parser.add_argument("--steps", type=_positive, default=steps, help=f"denoising steps (default: {steps})")
+    parser.add_argument("--steps", type=positive, default=steps, help=f"denoising steps (default: {steps})")
     parser.add_argument("--size", choices=SIZES, default=size, help=f"frames x height x width (default: {size})")
     parser.add_argument("--seed", type=int, default=0, help="of the starting noise (default: 0)")
     parser.add_argument("--regional", action="store_true", help="compile block by block, not the whole model")
@@ -112,24 +103,10 @@ def _add_run_arguments(parser: argparse.ArgumentParser, *, steps: int, size: str
         "--options",
         nargs="+",
         default=[],
-        type=_key_value,
+        type=key_value,
         metavar="KEY=VALUE",
         help="options of the backend, for example density=0.5; the table is in README.md",
     )
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, not {number}")
-    return number
-
-
-def _key_value(text: str) -> tuple[str, str]:
-    key, equals, value = text.partition("=")
-    if not equals or not key or not value:
-        raise argparse.ArgumentTypeError(f"must look like density=0.5, not {text!r}")
-    return key, value
 
 
 if __name__ == "__main__":

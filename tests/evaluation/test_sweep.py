@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from sparse_compile.cli import bench
+from sparse_compile.cli import bench_quality
 from sparse_compile.cli.main import build_parser, main
 from sparse_compile.evaluation import sweep
 from sparse_compile.evaluation.demo_model import TRAINED_SIZES
@@ -77,7 +77,7 @@ def test_the_command_writes_lines_and_fails_when_something_was_compiled_again(
         asked.append(protocol)
         return Sweep(protocol, 120.0, {"torch": "2"}, [row(), row("adaspa", "pooled", recompilations)])
 
-    monkeypatch.setattr(bench, "run_sweep", fake_sweep)
+    monkeypatch.setattr(bench_quality, "run_sweep", fake_sweep)
     target = tmp_path / "rows.jsonl"
     assert main(["bench", "quality", "--quick", "--json", str(target)]) == code
     assert (asked[0].videos, asked[0].size) == (4, TRAINED_SIZES[1])
@@ -91,4 +91,4 @@ def test_the_command_writes_lines_and_fails_when_something_was_compiled_again(
 def test_without_quick_the_videos_are_larger_and_more() -> None:
     arguments = build_parser().parse_args(["bench", "quality"])
     assert not arguments.quick and arguments.videos is None
-    assert bench.VIDEOS > bench.QUICK_VIDEOS
+    assert bench_quality.VIDEOS > bench_quality.QUICK_VIDEOS
