@@ -1,8 +1,4 @@
-"""What the calls of the layers cost and kept, by generation, step and head.
-
-The host logs (step, branch, phase) of every call; the device logs (density, kept mass, non-finite). They are joined
-here, when somebody asks, which is the only time the host reads the device.
-"""
+"""What the calls of the layers cost and kept, by generation, step and head."""
 
 from __future__ import annotations
 
@@ -11,11 +7,12 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-from sparse_compile.call_log import CallRow, read_heads, read_rows
+from sparse_compile.call_log import read_heads
 from sparse_compile.phases import Phase
+from sparse_compile.runtime.call_figures import CallReport
 
 if TYPE_CHECKING:
-    from sparse_compile.runtime.state import Branch, Call, Layer
+    from sparse_compile.runtime.state import Branch, Layer
 
 LEAST_GAIN = 0.1
 """Gain (kept mass - density) / (1 - density) up to which a head counts as nearly uniform.
@@ -76,19 +73,13 @@ class HeadReport:
         )
 
 
-def generations_of(layers: Iterable[Layer]) -> list[GenerationReport]:
-    """Every generation that the layers can look back on, oldest first."""
-    calls: dict[tuple[int, int, str], list[tuple[Call, CallRow | None]]] = {}
-    for layer in layers:
-        logs = {branch: [read_rows(log) for log in state.logs.values()] for branch, state in layer.branches.items()}
-        for call in layer.history:
-            key = (call.generation, call.step, str(call.branch))
-            if call.row is None:
-                calls.setdefault(key, []).append((call, None))
-            for row in _rows_of(call, logs.get(call.branch, [])):
-                calls.setdefault(key, []).append((call, row))
+def generations_of(calls: Iterable[CallReport]) -> list[GenerationReport]:
+    """Every generation that the calls belong to, oldest first."""
+    by_step: dict[tuple[int, int, str], list[CallReport]] = {}
+    for call in calls:
+        by_step.setdefault((call.generation, call.step, call.branch), []).append(call)
     generations: dict[int, list[StepReport]] = {}
-    for (generation, step, branch), made in sorted(calls.items(), key=lambda item: item[0][:2]):
+    for (generation, step, branch), made in sorted(by_step.items(), key=lambda item: item[0][:2]):
         generations.setdefault(generation, []).append(_step(step, branch, made))
     return [_generation(steps) for _, steps in sorted(generations.items())]
 
@@ -135,26 +126,18 @@ def _newest_sparse_generation(layer: Layer, branch: Branch) -> int | None:
     return next((call.generation for call in calls), None)
 
 
-def _rows_of(call: Call, logs: list[tuple[int, list[CallRow]]]) -> list[CallRow]:
-    """The device's rows of one call, one per site of the layer, less those that the ring has lost."""
-    if call.row is None:
-        return []
-    places = [(call.row - (written - len(rows)), rows) for written, rows in logs]
-    return [rows[at] for at, rows in places if 0 <= at < len(rows)]
-
-
-def _step(step: int, branch: str, made: list[tuple[Call, CallRow | None]]) -> StepReport:
-    rows = [row for _, row in made if row is not None]
-    phases = [str(call.phase) for call, _ in made if call.phase is not Phase.DENSE]
+def _step(step: int, branch: str, made: Sequence[CallReport]) -> StepReport:
+    sparse = [call for call in made if call.sparse]
+    phases = [call.phase for call in made if call.phase != Phase.DENSE]
     return StepReport(
         step=step,
         branch=branch,
         phase="+".join(dict.fromkeys(phases)) or str(Phase.DENSE),
-        density=fmean([row.density for row in rows] or [1.0]),
-        kept_mass=mean_of_known(row.kept_mass for row in rows),
-        non_finite=sum(row.non_finite for row in rows),
-        density_run=fmean(1.0 if row is None else row.density for _, row in made),
-        sparse_calls=len(rows),
+        density=fmean([call.density for call in sparse] or [1.0]),
+        kept_mass=mean_of_known(call.kept_mass for call in sparse),
+        non_finite=sum(call.non_finite for call in sparse),
+        density_run=fmean(call.density for call in made),
+        sparse_calls=len(sparse),
     )
 
 

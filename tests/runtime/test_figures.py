@@ -15,7 +15,8 @@ from sparse_compile import call_log
 from sparse_compile.call_log import append_row, log_spec
 from sparse_compile.config import Config
 from sparse_compile.phases import Phase
-from sparse_compile.runtime.figures import HeadReport, generations_of, heads_of, uniformity_warning
+from sparse_compile.runtime.call_figures import CallReport, calls_of
+from sparse_compile.runtime.figures import GenerationReport, HeadReport, generations_of, heads_of, uniformity_warning
 from sparse_compile.runtime.registry import Registry
 from sparse_compile.runtime.report import build_report
 from sparse_compile.runtime.state import Call, Layer, allocate
@@ -65,6 +66,10 @@ def a_layer(*calls: Made, **where: object) -> Layer:
     return make(Layer(PLANNER), calls, **where)  # type: ignore[arg-type]
 
 
+def generations(layers: Sequence[Layer]) -> list[GenerationReport]:
+    return generations_of(calls_of([("a", layer) for layer in layers]))
+
+
 # ---------------------------------------------------------------------- steps and generations
 
 
@@ -75,7 +80,7 @@ def test_a_search_without_a_row_counts_as_dense_and_the_rows_stay_with_their_cal
         sparse(0.125, 0.375, kept_mass=[0.5, 0.75]),
         sparse(0.5, 0.5, kept_mass=[1.0, 1.0], phase=Phase.REFINE),
     )
-    (generation,) = generations_of([layer])
+    (generation,) = generations([layer])
     assert [(step.step, step.phase) for step in generation.steps] == [
         (0, "dense"),
         (1, "search"),
@@ -92,7 +97,7 @@ def test_a_search_without_a_row_counts_as_dense_and_the_rows_stay_with_their_cal
 
 def test_searches_between_sparse_calls_shift_no_row() -> None:
     layer = a_layer(SEARCH, sparse(0.25), SEARCH, sparse(0.5), sparse(0.75))
-    (generation,) = generations_of([layer])
+    (generation,) = generations([layer])
     assert [step.density for step in generation.steps] == [1.0, 0.25, 1.0, 0.5, 0.75]
     assert generation.density == 0.5
 
@@ -100,19 +105,19 @@ def test_searches_between_sparse_calls_shift_no_row() -> None:
 def test_rows_stay_with_their_calls_over_generations_with_searches() -> None:
     layer = a_layer(SEARCH, sparse(0.25), sparse(0.5))
     make(layer, [SEARCH, sparse(0.75)], generation=2)
-    densities = [[step.density for step in generation.steps] for generation in generations_of([layer])]
+    densities = [[step.density for step in generation.steps] for generation in generations([layer])]
     assert densities == [[1.0, 0.25, 0.5], [1.0, 0.75]]
 
 
 def test_rows_that_the_ring_lost_leave_searches_where_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(call_log, "ROWS", 2)
     layer = a_layer(SEARCH, sparse(0.25), sparse(0.5), SEARCH, sparse(0.75))
-    (generation,) = generations_of([layer])
+    (generation,) = generations([layer])
     assert [(step.step, step.density) for step in generation.steps] == [(0, 1.0), (2, 0.5), (3, 1.0), (4, 0.75)]
 
 
 def test_a_generation_of_dense_calls_and_searches_has_no_density() -> None:
-    (generation,) = generations_of([a_layer(DENSE, SEARCH)])
+    (generation,) = generations([a_layer(DENSE, SEARCH)])
     assert (generation.density, generation.density_run, generation.kept_mass) == (None, 1.0, None)
 
 
@@ -123,15 +128,44 @@ def test_a_step_is_the_mean_over_the_layers_that_ran_sparsely() -> None:
         a_layer(sparse(0.5, kept_mass=[1.0])),
         a_layer(sparse(0.75)),
     ]
-    ((step,),) = (generation.steps for generation in generations_of(layers))
+    ((step,),) = (generation.steps for generation in generations(layers))
     assert (step.density, step.sparse_calls) == (0.5, 3)
     assert step.density_run == (0.25 + 1 + 0.5 + 0.75) / 4
     assert step.kept_mass == 0.75  # of the two that measured it
 
 
 def test_each_attention_of_a_layer_counts() -> None:
-    ((step,),) = (generation.steps for generation in generations_of([a_layer(sparse(0.5), ordinals=2)]))
+    ((step,),) = (generation.steps for generation in generations([a_layer(sparse(0.5), ordinals=2)]))
     assert (step.density, step.sparse_calls) == (0.375, 2)
+
+
+# ---------------------------------------------------------------------- calls
+
+
+def test_every_call_has_its_layer_step_branch_and_figures() -> None:
+    layer = a_layer(DENSE, SEARCH, sparse(0.25, 0.75, kept_mass=[0.5, 1.0]))
+    make(layer, [sparse(0.125)], branch="uncond", generation=2)
+    assert calls_of([("blocks.0", layer)]) == [
+        CallReport("blocks.0", None, 1, 0, "cond", "dense", 1.0, None, 0),
+        CallReport("blocks.0", None, 1, 1, "cond", "search", 1.0, None, 0),
+        CallReport("blocks.0", 0, 1, 2, "cond", "sparse", 0.5, 0.75, 0),
+        CallReport("blocks.0", 0, 2, 0, "uncond", "sparse", 0.125, None, 0),
+    ]
+
+
+def test_each_attention_of_a_layer_has_its_own_calls() -> None:
+    calls = calls_of([("a", a_layer(DENSE, sparse(0.5), ordinals=2))])
+    assert [(call.step, call.ordinal, call.density, call.sparse) for call in calls] == [
+        (0, None, 1.0, False),
+        (1, 0, 0.5, True),
+        (1, 1, 0.25, True),
+    ]
+
+
+def test_calls_whose_rows_the_ring_lost_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(call_log, "ROWS", 1)
+    calls = calls_of([("a", a_layer(SEARCH, sparse(0.25), sparse(0.5)))])
+    assert [(call.step, call.density) for call in calls] == [(0, 1.0), (2, 0.5)]
 
 
 # ---------------------------------------------------------------------- heads
@@ -233,3 +267,17 @@ def test_the_report_holds_heads_and_the_warning_under_the_names_of_the_layers() 
     assert "nearly uniform in transformer.blocks.0: a density of 0.25 keeps only 0.30 of" in warning
     assert f"warning: {warning}" in str(report)
     assert report.to_dict()["heads"][0]["density"] == [0.25, 0.25]
+
+
+def test_the_report_holds_every_call_but_does_not_print_them() -> None:
+    registry, model = Registry(), Stack(2)
+    for block in model.blocks:
+        make(registry.layer(block.to_q.weight, PLANNER), [SEARCH, sparse(0.25)])
+    report = build_report({"transformer": model}, registry)
+    assert [(call.layer, call.step, call.density) for call in report.calls] == [
+        ("transformer.blocks.0", 0, 1.0),
+        ("transformer.blocks.0", 1, 0.25),
+        ("transformer.blocks.1", 0, 1.0),
+        ("transformer.blocks.1", 1, 0.25),
+    ]
+    assert "calls" not in report.to_dict()
