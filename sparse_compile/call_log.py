@@ -1,8 +1,9 @@
 """The call log: one row per sparse call, written on the device and read by the host when a report is asked for.
 
-A log is float32 [1 + ROWS + H, 3]. Row 0 holds the number of rows ever written. The next ROWS are a ring of
-(density, kept mass or NaN, non-finite tokens), one a call. The last H rows hold (density, kept mass or NaN, 0) of each
-query head in the newest call; a log without them (H = 0) tells of whole calls alone.
+A log is float32 [1 + ROWS + H, 6]. Row 0 holds the number of rows ever written. The next ROWS are a ring with one row a
+call: density, kept mass, non-finite tokens, the mass that the plan kept when it was made, and the shares of the queries
+that the floor and the ceiling of a recall target hold; NaN where a call does not know. The last H rows hold density and
+kept mass of each query head in the newest call; a log without them (H = 0) tells of whole calls alone.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor
 from sparse_compile.plan import TensorSpec
 
 ROWS = 512
-COLUMNS = 3
+COLUMNS = 6
 
 
 class CallRow(NamedTuple):
@@ -24,6 +25,10 @@ class CallRow(NamedTuple):
     density: float
     kept_mass: float | None
     non_finite: int
+    planned_mass: float | None = None
+    """Kept mass of the plan when it was made; None where each call makes its own."""
+    at_floor: float | None = None
+    at_ceiling: float | None = None
 
 
 class HeadFigures(NamedTuple):
@@ -38,7 +43,14 @@ def log_spec(device: torch.device, heads: int | torch.SymInt) -> TensorSpec:
     return TensorSpec((1 + ROWS + heads, COLUMNS), torch.float32, device)
 
 
-def append_row(log: Tensor, density: Tensor, kept_mass: Tensor | None, non_finite: Tensor | None) -> None:
+def append_row(
+    log: Tensor,
+    density: Tensor,
+    kept_mass: Tensor | None,
+    non_finite: Tensor | None,
+    planned_mass: Tensor | None = None,
+    at_bounds: Tensor | None = None,
+) -> None:
     """Write the next row of ``log`` and the rows of the heads in place, without reading anything on the host.
 
     Args:
@@ -46,13 +58,18 @@ def append_row(log: Tensor, density: Tensor, kept_mass: Tensor | None, non_finit
         density: [B, H]; of any shape where the log has no rows of heads.
         kept_mass: the same; NaN where it could not be measured, which no mean counts; None: not measured.
         non_finite: counts, to be summed.
+        planned_mass: as ``kept_mass``, when the plan was made; None where each call makes its own.
+        at_bounds: [B, H, 2], shares of the queries at the floor and at the ceiling; None without such bounds.
     """
     density = density.float()
     mass = torch.full_like(density, float("nan")) if kept_mass is None else kept_mass.float()
     tokens = log.new_zeros(()) if non_finite is None else non_finite.sum().float()
+    unknown = torch.full_like(tokens, float("nan"))
+    planned = unknown if planned_mass is None else planned_mass.float().nanmean()
+    held = (unknown, unknown) if at_bounds is None else at_bounds.float().flatten(0, -2).mean(0).unbind(0)
     written = log[0, 0]
     at = (torch.remainder(written, ROWS) + 1).long().view(1)
-    log.index_copy_(0, at, torch.stack([density.mean(), mass.nanmean(), tokens]).unsqueeze(0))
+    log.index_copy_(0, at, torch.stack([density.mean(), mass.nanmean(), tokens, planned, *held]).unsqueeze(0))
     heads = log[1 + ROWS :]
     if heads.shape[0]:
         heads[:, 0] = density.mean(0)
@@ -73,14 +90,14 @@ def read_rows(log: Tensor) -> tuple[int, list[CallRow]]:
     written = int(values[0][0])
     rows = []
     for index in range(max(0, written - ROWS), written):
-        density, mass, non_finite = values[1 + index % ROWS]
-        rows.append(CallRow(density, _known(mass), int(non_finite)))
+        density, mass, non_finite, *others = values[1 + index % ROWS]
+        rows.append(CallRow(density, _known(mass), int(non_finite), *map(_known, others)))
     return written, rows
 
 
 def read_heads(log: Tensor) -> list[HeadFigures]:
     """The heads of the newest call; none where no call has written them since the log was made."""
-    heads = [HeadFigures(density, _known(mass)) for density, mass, _ in log[1 + ROWS :].tolist()]
+    heads = [HeadFigures(density, _known(mass)) for density, mass, *_ in log[1 + ROWS :].tolist()]
     return heads if any(head.density for head in heads) else []
 
 

@@ -18,6 +18,7 @@ from typing import Any, Self
 
 from sparse_compile import option_values as accept
 from sparse_compile.errors import SparseAttentionError
+from sparse_compile.presets import PRESET_NAMES, PRESETS
 
 log = logging.getLogger(__name__)
 
@@ -25,12 +26,13 @@ ENV_PREFIX = "SPARSE_ATTN_"
 FOREIGN_VARIABLES = frozenset({"SPARSE_ATTN_BACKEND"})
 """Variables with our prefix that belong to other projects (microsoft/TRELLIS reads this one)."""
 
-LATER_OPTIONS: Mapping[str, str] = {
-    "preset": "presets, which are set by measurement",
-    "target_recall": "recall targets",
-}
-"""Options of the design that this version refuses by name, and what they belong to."""
 BUILT_IN_METHODS = ("svg2", "adaspa")
+BUDGETS = ("target_recall", "density", "top_p", "sparsity")
+"""Options that say how much is kept: a method goes by one of them."""
+DEFAULT_DENSITY = 0.25
+"""Of svg2, where no budget is given (docs/quality.md)."""
+DEFAULT_SPARSITY = 0.8
+"""Of adaspa, where no budget is given: that of arXiv 2502.21079."""
 
 
 @dataclass(frozen=True)
@@ -67,24 +69,49 @@ class Config:
     method: str = _option(
         "svg2", _method, "svg2, adaspa, dense, an installed plug-in, or 'module:Strategy'", "which sparse attention"
     )
+    preset: str | None = _option(
+        None,
+        accept.one_word_or("none", None, accept.one_of(*PRESET_NAMES)),
+        f"none, {', '.join(PRESET_NAMES[:-1])} or {PRESET_NAMES[-1]}",
+        "settings by measurement, for what is not given (docs/quality.md)",
+    )
+    target_recall: float | None = _option(
+        None,
+        accept.one_word_or("none", None, accept.within(0, 1, open_low=True, open_high=True)),
+        "none or a number in (0, 1)",
+        "attention mass to keep in each head, as a budget: density follows the content",
+    )
+    min_density: float = _option(
+        0.02, accept.within(0, 1), "a number in [0, 1]", "least share of keys of a query row under target_recall"
+    )
+    max_density: float = _option(
+        1.0,
+        accept.within(0, 1, open_low=True),
+        "a number in (0, 1]",
+        "largest share of keys of a query row under target_recall; a head most of whose rows need more stays dense",
+    )
     correction: str = _option(
         "auto",
         accept.one_of("auto", "none", "pooled", "coupled"),
         "auto, none, pooled or coupled",
         "what stands for skipped keys: nothing, their means, or these with a coupling term; auto: coupled",
     )
-    top_p: float = _option(
-        0.9, accept.within(0, 1, open_low=True), "a number in (0, 1]", "attention mass kept per query cluster", "svg2"
-    )
-    min_kept: float = _option(
-        0.1, accept.within(0, 1), "a number in [0, 1]", "least share of key clusters kept", "svg2"
-    )
     density: float | None = _option(
         None,
         accept.one_word_or("none", None, accept.within(0, 1, open_low=True)),
         "none or a number in (0, 1]",
-        "fixed share of keys per query row; replaces top_p",
+        f"share of keys kept in each query row; {DEFAULT_DENSITY} where no other budget is given",
         "svg2",
+    )
+    top_p: float | None = _option(
+        None,
+        accept.one_word_or("none", None, accept.within(0, 1, open_low=True)),
+        "none or a number in (0, 1]",
+        "attention mass kept per query cluster, by its estimate: the paper's budget",
+        "svg2",
+    )
+    min_kept: float = _option(
+        0.1, accept.within(0, 1), "a number in [0, 1]", "least share of key clusters kept under top_p", "svg2"
     )
     rank_by: str = _option(
         "mass",
@@ -110,11 +137,25 @@ class Config:
         50, accept.at_least(1), "an integer >= 1", "k-means iterations of a search", "svg2"
     )
     kmeans_iters: int = _option(2, accept.at_least(1), "an integer >= 1", "k-means iterations of a sparse call", "svg2")
-    sparsity: float = _option(
-        0.8,
-        accept.within(0, 1, open_high=True),
-        "a number in [0, 1)",
-        "share of the video key blocks that a query row leaves out",
+    sparsity: float | None = _option(
+        None,
+        accept.one_word_or("none", None, accept.within(0, 1, open_high=True)),
+        "none or a number in [0, 1)",
+        f"share of the video key blocks that a query row leaves out; {DEFAULT_SPARSITY} where no other budget is given",
+        "adaspa",
+    )
+    min_recall: float | None = _option(
+        None,
+        accept.one_word_or("none", None, accept.within(0, 1, open_low=True)),
+        "none or a number in (0, 1]",
+        "a head whose plan keeps less of its attention mass attends to everything until the next search",
+        "adaspa",
+    )
+    monitor: bool = _option(
+        True,
+        accept.boolean,
+        "true or false",
+        "watch held plans on the probe rows: search again when one has gone stale, skip a search when all still hold",
         "adaspa",
     )
     block_size: int = _option(64, accept.at_least(1), "an integer >= 1", "most tokens of a block", "adaspa")
@@ -190,6 +231,7 @@ class Config:
         for name, option in declared_options().items():
             object.__setattr__(self, name, _parsed(name, option, getattr(self, name)))
         self._check_methods()
+        self._check_budgets()
 
     def _check_methods(self) -> None:
         """An option of the other method would have no effect, so it is an error."""
@@ -202,31 +244,65 @@ class Config:
                     f"Leave it out, or choose method={owner!r}.",
                 )
 
+    def _check_budgets(self) -> None:
+        """Two budgets would contradict each other, and so would a floor above the ceiling."""
+        given = [name for name in BUDGETS if getattr(self, name) is not None]
+        if len(given) > 1 and self.method in BUILT_IN_METHODS:  # what others mean by them is theirs
+            raise SparseAttentionError(
+                f"a method goes by one budget of {', '.join(BUDGETS)}",
+                ", ".join(f"{name}={getattr(self, name)}" for name in given),
+                "Leave out all but one.",
+            )
+        if self.min_density > self.max_density:
+            raise SparseAttentionError(
+                "min_density must not be above max_density",
+                f"{self.min_density} and {self.max_density}",
+                "Lower min_density, or raise max_density.",
+            )
+
     @classmethod
     def from_options(cls, options: Mapping[str, object] | None, environ: Mapping[str, str] | None = None) -> Self:
-        """Check and merge options and environment.
+        """Check and merge options, environment and the settings of a preset, in this order of precedence.
 
         Args:
             options: what the user gave to torch.compile.
             environ: the variables to read; the process's own by default.
 
         Raises:
-            SparseAttentionError: an option is unknown, out of range, or belongs to a later version.
+            SparseAttentionError: an option is unknown or out of range, or two of them contradict each other.
         """
         given = dict(options or {})
         for name in given:
             _check_known(name)
-        return cls(**{**_from_environment(environ, given), **given})
+        merged = overlaid(_from_environment(environ, given), given)
+        return cls(**overlaid(_from_preset(merged), merged))
 
     @property
     def correction_at_work(self) -> str:
         """The correction with ``auto`` resolved."""
         return "coupled" if self.correction == "auto" else self.correction
 
+    @property
+    def density_at_work(self) -> float | None:
+        """The share of keys that a query row of svg2 keeps; None where another budget decides."""
+        others = (self.top_p, self.target_recall)
+        return DEFAULT_DENSITY if self.density is None and others == (None, None) else self.density
+
+    @property
+    def sparsity_at_work(self) -> float:
+        """The share of blocks that adaspa leaves out; under target_recall without effect."""
+        return DEFAULT_SPARSITY if self.sparsity is None else self.sparsity
+
     def changed(self) -> dict[str, object]:
         """The options that differ from their defaults."""
         fields = dataclasses.fields(self)
         return {f.name: getattr(self, f.name) for f in fields if getattr(self, f.name) != f.default}
+
+
+def overlaid(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
+    """Options with others put over them: a budget among the upper ones replaces all below."""
+    budgets = BUDGETS if any(name in upper for name in BUDGETS) else ()
+    return {**{name: value for name, value in lower.items() if name not in budgets}, **upper}
 
 
 def declared_options() -> dict[str, Option]:
@@ -249,9 +325,6 @@ def _check_known(name: str) -> None:
     known = list(declared_options())
     if name in known:
         return
-    if name in LATER_OPTIONS:
-        remedy = f"It belongs to {LATER_OPTIONS[name]}, which comes in a later version; leave it out."
-        raise SparseAttentionError("options must name settings of this version", name, remedy)
     near = difflib.get_close_matches(str(name), known, n=1)
     remedy = f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(known)}."
     raise SparseAttentionError("options must name known settings", name, remedy)
@@ -286,16 +359,25 @@ def _from_environment(environ: Mapping[str, str] | None, given: Mapping[str, obj
     """What variables set. One for a built-in method that is not at work is left to the models that use that method."""
     chosen: dict[str, Any] = dict(set_in_environment(environ))
     for name in _our_variables(environ).keys() - chosen:
-        if name in LATER_OPTIONS:
-            _check_known(name)
-        else:
-            _warn_unknown(ENV_PREFIX + name.upper())
+        _warn_unknown(ENV_PREFIX + name.upper())
     method = given.get("method", chosen.get("method", Config.method))
     foreign = [name for name in chosen if not belongs(name, str(method))]
     for name in foreign:
         del chosen[name]
         _warn_foreign(ENV_PREFIX + name.upper(), str(declared_options()[name].method), str(method))
     return chosen
+
+
+def _from_preset(merged: Mapping[str, Any]) -> dict[str, Any]:
+    """What the chosen preset sets; nothing without one, or where its name is wrong, which the Config will say."""
+    preset, method = merged.get("preset"), merged.get("method", Config.method)
+    if preset not in PRESET_NAMES:
+        return {}
+    if method not in PRESETS:
+        raise SparseAttentionError(
+            f"presets exist for {', '.join(PRESETS)}", f"preset={preset!r} with method={method!r}", "Leave preset out."
+        )
+    return dict(PRESETS[method][preset])
 
 
 @functools.cache

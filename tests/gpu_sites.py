@@ -30,6 +30,7 @@ class Site:
         self.ready = torch.zeros(1, dtype=torch.int32, device=device)
         self.keep = torch.zeros(1, 2, 21, 1, dtype=torch.int32, device=device)
         self.lse, self.offset = torch.zeros(1, 2, TOKENS, device=device), torch.zeros(1, 2, device=device)
+        self.planned = torch.zeros(1, 2, device=device)
         spec = log_spec(torch.device(device), 2)
         self.log = torch.zeros(spec.shape, dtype=spec.dtype, device=device)
 
@@ -41,7 +42,7 @@ class Site:
 
     def state(self) -> list[Tensor]:
         """Every tensor that calls leave something in."""
-        return [*self.centroids, self.ready, self.keep, self.lse, self.offset, self.log]
+        return [*self.centroids, self.ready, self.keep, self.lse, self.offset, self.planned, self.log]
 
     def snapshot(self) -> list[Tensor]:
         """Copies of the state."""
@@ -60,11 +61,11 @@ class Site:
         """Pooled keys, probe rows, attention."""
         mass = OPS.kept_mass(self.q, self.k, self.valid, VIDEO, *plan, SCALE, 64, 0, self.kernel)
         if paired:
-            mass = OPS.paired_kept_mass(mass, recall, self.offset, self.kernel)
+            mass = OPS.paired_kept_mass(mass, recall, self.offset, self.planned, self.kernel)
         pooled = OPS.pooled_keys(self.k, self.v, plan[2], plan[3], VIDEO, True, self.kernel)
         operands = (self.q, self.k, self.v)
         out: Tensor = OPS.block_sparse_attention(
-            *operands, *plan, *pooled, mass, None, self.log, SCALE, True, self.kernel
+            *operands, *plan, *pooled, mass, None, None, None, self.log, SCALE, True, self.kernel
         )[0]
         return out
 

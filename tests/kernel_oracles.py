@@ -133,7 +133,7 @@ def attend(
     """The block_sparse_attention op: out and log-sum-exp."""
     tail = (None,) * 4 if pooled is None else (pooled.mean_k, pooled.mean_v, pooled.log_size, pooled.coupling)
     result: tuple[Tensor, Tensor] = OPS.block_sparse_attention(
-        q, k, v, *fields_of(plan), *tail, None, None, new_log(), scale, True, kernel
+        q, k, v, *fields_of(plan), *tail, None, None, None, None, new_log(), scale, True, kernel
     )
     return result
 

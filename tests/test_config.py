@@ -7,17 +7,20 @@ import logging
 
 import pytest
 
-from sparse_compile.config import LATER_OPTIONS, Config, declared_options
+from sparse_compile.config import BUDGETS, Config, declared_options
 from sparse_compile.errors import SparseAttentionError
 from sparse_compile.option_values import layer_ranges
+from sparse_compile.presets import PRESET_NAMES, PRESETS
 
 
 def test_defaults_are_those_of_the_table() -> None:
     config = Config.from_options(None, environ={})
-    assert (config.method, config.top_p, config.min_kept, config.rank_by) == ("svg2", 0.9, 0.1, "mass")
+    assert (config.method, config.min_kept, config.rank_by) == ("svg2", 0.1, "mass")
+    assert all(getattr(config, budget) is None for budget in BUDGETS)
+    assert (config.density_at_work, config.sparsity_at_work) == (0.25, 0.8)
     assert (config.kmeans_iters_init, config.kmeans_iters) == (50, 2)
     assert (config.dense_steps, config.dense_layers) == (0.2, 0.03)
-    assert config.q_clusters is config.k_clusters is config.density is config.min_tokens is None
+    assert config.q_clusters is config.k_clusters is config.min_tokens is None
     assert not config.strict
 
 
@@ -34,7 +37,9 @@ def test_every_field_is_a_declared_option_with_a_doc() -> None:
         ("top_p", float("nan"), r"\(0, 1\]"),
         ("top_p", "much", r"\(0, 1\]"),
         ("top_p", True, r"\(0, 1\]"),
-        ("top_p", None, r"\(0, 1\]"),
+        ("min_kept", None, r"\[0, 1\]"),
+        ("target_recall", 1, r"\(0, 1\)"),
+        ("preset", "best", "none, quality, balanced or fast"),
         ("min_kept", 2, r"\[0, 1\]"),
         ("density", 0.0, "none or a number"),
         ("rank_by", "size", "mass_per_key"),
@@ -63,16 +68,63 @@ def test_a_value_out_of_range_names_the_rule_and_the_value(name: str, value: obj
 def test_an_unknown_option_gets_the_nearest_name() -> None:
     with pytest.raises(SparseAttentionError, match=r"got 'topp'\. Did you mean 'top_p'\?"):
         Config.from_options({"topp": 0.5}, environ={})
-    with pytest.raises(SparseAttentionError, match="Known: method, correction"):
+    with pytest.raises(SparseAttentionError, match="Known: method, preset"):
         Config.from_options({"zzz": 0.5}, environ={})
 
 
-@pytest.mark.parametrize("name", LATER_OPTIONS)
-def test_an_option_of_a_later_method_is_refused_by_name(name: str) -> None:
-    with pytest.raises(SparseAttentionError, match=f"got '{name}'.*later version"):
-        Config.from_options({name: 1}, environ={})
-    with pytest.raises(SparseAttentionError, match="later version"):
-        Config.from_options({}, environ={f"SPARSE_ATTN_{name.upper()}": "1"})
+def test_two_budgets_contradict_each_other() -> None:
+    with pytest.raises(
+        SparseAttentionError, match=r"one budget .*got 'density=0.2, top_p=0.9'\. Leave out all but one"
+    ):
+        Config.from_options({"top_p": 0.9, "density": 0.2}, environ={})
+    with pytest.raises(SparseAttentionError, match="one budget"):
+        Config.from_options({"method": "adaspa", "sparsity": 0.5, "target_recall": 0.9}, environ={})
+    with pytest.raises(SparseAttentionError, match="min_density must not be above max_density"):
+        Config.from_options({"target_recall": 0.9, "max_density": 0.01}, environ={})
+
+
+@pytest.mark.parametrize(
+    ("options", "density"),
+    [
+        ({}, 0.25),
+        ({"density": 0.5}, 0.5),
+        ({"top_p": 0.9}, None),
+        ({"target_recall": 0.9}, None),
+        ({"top_p": "none"}, 0.25),
+    ],
+)
+def test_the_fixed_density_holds_where_no_other_budget_is_given(options: dict[str, object], density: float) -> None:
+    assert Config.from_options(options, environ={}).density_at_work == density
+
+
+def test_a_budget_given_as_an_option_replaces_one_of_the_environment() -> None:
+    config = Config.from_options({"target_recall": 0.9}, environ={"SPARSE_ATTN_DENSITY": "0.5"})
+    assert (config.target_recall, config.density) == (0.9, None)
+
+
+@pytest.mark.parametrize("method", PRESETS)
+@pytest.mark.parametrize("preset", PRESET_NAMES)
+def test_a_preset_sets_what_is_not_given(method: str, preset: str) -> None:
+    chosen = {"method": method, "preset": preset}
+    config = Config.from_options(chosen, environ={})
+    settings = PRESETS[method][preset]
+    assert settings and all(getattr(config, name) == value for name, value in settings.items())
+    by_option = Config.from_options({**chosen, "dense_steps": 3, "target_recall": 0.8}, environ={})
+    assert (by_option.dense_steps, by_option.target_recall, by_option.density, by_option.sparsity) == (
+        3,
+        0.8,
+        None,
+        None,
+    )
+    by_variable = Config.from_options(chosen, environ={"SPARSE_ATTN_DENSE_STEPS": "0.5"})
+    assert by_variable.dense_steps == 0.5
+
+
+def test_a_preset_of_a_variable_counts_and_a_method_without_presets_has_none() -> None:
+    environ = {"SPARSE_ATTN_PRESET": "fast"}
+    assert Config.from_options({}, environ) == Config.from_options({"preset": "fast"}, environ={})
+    with pytest.raises(SparseAttentionError, match=r"presets exist for svg2, adaspa; got .*'dense'"):
+        Config.from_options({"method": "dense"}, environ)
 
 
 def test_options_win_over_the_environment_and_both_over_defaults() -> None:

@@ -82,7 +82,7 @@ class Phases:
 
     def _paired(self, plan: Plan, recall: Tensor | None) -> Tensor:
         site = self.site
-        mass: Tensor = OPS.paired_kept_mass(site.kept_mass(plan), recall, site.offset, site.kernel)
+        mass: Tensor = OPS.paired_kept_mass(site.kept_mass(plan), recall, site.offset, site.planned, site.kernel)
         return mass
 
     def _attend(self, stages: Stages, plan: Plan, corrected: bool, kept_mass: Callable[[], Tensor]) -> None:

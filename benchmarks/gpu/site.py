@@ -16,6 +16,8 @@ from sparse_compile.strategies.svg2 import key_clusters, query_clusters
 
 OPS = torch.ops.sparse_compile
 BLOCK = 64
+TOP_P = 0.9
+"""The budget of SVG2's paper (arXiv 2505.18875)."""
 
 
 class Site:
@@ -41,6 +43,7 @@ class Site:
         self.ready = torch.zeros(1, dtype=torch.int32, device=device)
         self.lse = torch.zeros(1, heads, shape.tokens, device=device)
         self.offset = torch.zeros(1, heads, device=device)
+        self.planned = torch.zeros(1, heads, device=device)
         self.blocks = self.token_blocks()
         groups = self.blocks[1].shape[-1] - 1
         self.keep = torch.zeros(1, heads, groups, -(-groups // 32), dtype=torch.int32, device=device)
@@ -51,7 +54,19 @@ class Site:
         """`block_sparse_attention`: output and log-sum-exp."""
         tail = (None,) * 4 if pooled is None else (pooled.mean_k, pooled.mean_v, pooled.log_size, pooled.coupling)
         out, lse = OPS.block_sparse_attention(
-            self.q, self.k, self.v, *_fields(plan), *tail, mass, None, self.log, self.scale, True, self.kernel
+            self.q,
+            self.k,
+            self.v,
+            *_fields(plan),
+            *tail,
+            mass,
+            None,
+            None,
+            None,
+            self.log,
+            self.scale,
+            True,
+            self.kernel,
         )
         return out, lse
 
@@ -91,9 +106,9 @@ class Site:
             x.copy_(earlier)
 
     def plan_top_p(self, clusters: tuple[Tensor, ...], density: float | None = None) -> Plan:
-        """`plan_top_p` for what `kmeans` returned; by the default top-p, or at a density."""
+        """`plan_top_p` for what `kmeans` returned; by the paper's top-p, or at a density."""
         q_order, q_offsets, q_means, k_order, k_offsets, k_means, _ = clusters
-        settings = (self.scale, self.config.top_p, self.config.min_kept, density, "mass", True, self.config.seed)
+        settings = (self.scale, TOP_P, self.config.min_kept, density, "mass", True, self.config.seed)
         keep = OPS.plan_top_p(q_means, k_means, q_offsets, k_offsets, self.ready, *settings, self.kernel)
         return Plan(q_order, q_offsets, k_order, k_offsets, keep)
 
@@ -141,7 +156,7 @@ class Site:
         self.blocks = self.token_blocks()
         sides = tuple(self.blocks[place] for place in (1, 2, 4, 5))
         plan = self.block_plan(OPS.kept_blocks(self.keep, self.ready, *sides, True, self.kernel))
-        mass = OPS.paired_kept_mass(self.kept_mass(plan), None, self.offset, self.kernel)
+        mass = OPS.paired_kept_mass(self.kept_mass(plan), None, self.offset, self.planned, self.kernel)
         return self.attention(plan, self.pooled_keys(plan), mass)
 
 

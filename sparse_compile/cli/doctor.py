@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from sparse_compile.compiler.kernel_choice import why_not_triton
-from sparse_compile.config import ENV_PREFIX, FOREIGN_VARIABLES, LATER_OPTIONS, Config, belongs, declared_options
+from sparse_compile.config import ENV_PREFIX, FOREIGN_VARIABLES, Config, belongs, declared_options
 from sparse_compile.errors import SparseAttentionError
 from sparse_compile.kernels.cpp import build, isa
 
@@ -114,7 +114,7 @@ def check_backend() -> Finding:
 def check_environment(environ: Mapping[str, str]) -> list[Finding]:
     """The ``SPARSE_ATTN_*`` variables: unknown names and values that are refused."""
     ours = {name: value for name, value in environ.items() if name.startswith(ENV_PREFIX)}
-    known = {ENV_PREFIX + name.upper() for name in (*declared_options(), *LATER_OPTIONS)} | FOREIGN_VARIABLES
+    known = {ENV_PREFIX + name.upper() for name in declared_options()} | FOREIGN_VARIABLES
     findings = []
     for name in sorted(ours):
         if name not in known:

@@ -10,7 +10,7 @@ import torch
 from diffusers import WanPipeline
 from torch import Tensor
 
-from sparse_compile.config import BUILT_IN_METHODS, Config, belongs, declared_options, set_in_environment
+from sparse_compile.config import BUDGETS, BUILT_IN_METHODS, Config, belongs, declared_options, set_in_environment
 from sparse_compile.evaluation import metrics
 from sparse_compile.evaluation.demo_model import Scene, VideoSize, generate
 
@@ -85,10 +85,9 @@ def demo_options(given: Mapping[str, object], environ: Mapping[str, str] | None 
     """
     variables = set_in_environment(environ)
     method = str(given.get("method", variables.get("method", Config.method)))
-    chosen = {*given, *variables}
-    options = {name: value for name, value in _suited_to(method).items() if name not in chosen}
-    if "top_p" in chosen:
-        options.pop("density", None)  # it would replace the top_p that was asked for
+    chosen = {name for name in (*given, *variables) if belongs(name, method)}
+    taken = {*chosen, *BUDGETS} if chosen & {*BUDGETS, "preset"} else chosen  # one goes by a single budget
+    options = {name: value for name, value in _suited_to(method).items() if name not in taken}
     options = {"method": method, **options, **given}
     Config.from_options(options, environ)
     return options

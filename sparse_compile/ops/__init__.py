@@ -13,12 +13,13 @@ last of which is padding (`sparse_compile.plan.Plan`).
 | --- | --- |
 | clusters | kmeans, plan_top_p |
 | blocks | token_blocks, block_mass, plan_top_k, kept_blocks |
+| recall | plan_estimated_recall, plan_measured_recall, calibrate_recall, keep_weak_heads_whole |
 | attention | attention_with_lse, pooled_keys, kept_mass, paired_kept_mass, block_sparse_attention |
 """
 
 from __future__ import annotations
 
-from sparse_compile.ops import attention, blocks, clusters
+from sparse_compile.ops import attention, blocks, clusters, recall
 from sparse_compile.ops.library import KERNELS
 
-__all__ = ["KERNELS", "attention", "blocks", "clusters"]
+__all__ = ["KERNELS", "attention", "blocks", "clusters", "recall"]

@@ -176,14 +176,15 @@ def _kept_mass_fake(q: Tensor, *_: object) -> Tensor:
     return q.new_empty(q.shape[:2], dtype=torch.float32)
 
 
-def _paired_kept_mass(measured: Tensor, recall: Tensor | None, offset: Tensor, kernel: str) -> Tensor:
+def _paired_kept_mass(measured: Tensor, recall: Tensor | None, offset: Tensor, planned: Tensor, kernel: str) -> Tensor:
     """Take out of a measurement what its rows missed when the Plan was made (docs/adaspa.md, section 13).
 
     Args:
         measured: float32 [B, H], from `kept_mass` with the same rows in each call.
         recall: float32 [B, H], the true kept mass, in the call that made the Plan; then ``offset`` is set to the
-            difference. None in later calls.
+            difference, and ``planned`` to ``recall``. None in later calls.
         offset: float32 [B, H].
+        planned: float32 [B, H].
         kernel: which implementation.
 
     Returns:
@@ -192,10 +193,11 @@ def _paired_kept_mass(measured: Tensor, recall: Tensor | None, offset: Tensor, k
     implementation(kernel)
     if recall is not None:
         offset.copy_((recall - measured).nan_to_num(nan=0.0))
+        planned.copy_(recall)
     return (measured + offset).clamp(0, 1)
 
 
-def _paired_kept_mass_fake(measured: Tensor, recall: Tensor | None, offset: Tensor, kernel: str) -> Tensor:
+def _paired_kept_mass_fake(measured: Tensor, *_: object) -> Tensor:
     return measured.new_empty(measured.shape)
 
 
@@ -213,6 +215,8 @@ def _block_sparse_attention(
     log_size: Tensor | None,
     coupling: Tensor | None,
     kept_mass: Tensor | None,
+    planned_mass: Tensor | None,
+    at_bounds: Tensor | None,
     non_finite: Tensor | None,
     log: Tensor,
     scale: float,
@@ -237,6 +241,8 @@ def _block_sparse_attention(
         log_size: see `PooledKeys`; given if ``mean_k`` is.
         coupling: see `PooledKeys`; may be None beside the others.
         kept_mass: float32 [B, H] for the log, or None.
+        planned_mass: float32 [B, H] for the log: the kept mass of the Plan when it was made, or None.
+        at_bounds: float32 [B, H, 2] for the log: queries at the floor and the ceiling of their budget, or None.
         non_finite: count for the log; None: the rows whose log-sum-exp is NaN are counted.
         log: the call log; one row is appended.
         scale: softmax scale.
@@ -268,7 +274,7 @@ def _block_sparse_attention(
         from sparse_compile.kernels.block_sparse_attention import reference
 
         lse, density = reference.attention(q, k, v, plan, pooled, scale, out), plan.density()
-    append_row(log, density, kept_mass, lse.isnan() if non_finite is None else non_finite)
+    append_row(log, density, kept_mass, lse.isnan() if non_finite is None else non_finite, planned_mass, at_bounds)
     return out, lse
 
 
@@ -286,6 +292,8 @@ def _block_sparse_attention_fake(
     log_size: Tensor | None,
     coupling: Tensor | None,
     kept_mass: Tensor | None,
+    planned_mass: Tensor | None,
+    at_bounds: Tensor | None,
     non_finite: Tensor | None,
     log: Tensor,
     scale: float,
@@ -321,15 +329,15 @@ register(
     _kept_mass_fake,
 )
 register(
-    "paired_kept_mass(Tensor measured, Tensor? recall, Tensor(a!) offset, str kernel) -> Tensor",
+    "paired_kept_mass(Tensor measured, Tensor? recall, Tensor(a!) offset, Tensor(b!) planned, str kernel) -> Tensor",
     _paired_kept_mass,
     _paired_kept_mass_fake,
 )
 register(
     "block_sparse_attention(Tensor q, Tensor k, Tensor v, Tensor? q_order, Tensor q_offsets, Tensor? k_order,"
     " Tensor k_offsets, Tensor keep, Tensor? mean_k, Tensor? mean_v, Tensor? log_size, Tensor? coupling,"
-    " Tensor? kept_mass, Tensor? non_finite, Tensor(a!) log, float scale, bool token_major, str kernel)"
-    " -> (Tensor out, Tensor lse)",
+    " Tensor? kept_mass, Tensor? planned_mass, Tensor? at_bounds, Tensor? non_finite, Tensor(a!) log, float scale,"
+    " bool token_major, str kernel) -> (Tensor out, Tensor lse)",
     _block_sparse_attention,
     _block_sparse_attention_fake,
 )

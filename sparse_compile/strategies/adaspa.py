@@ -17,7 +17,7 @@ from sparse_compile.phases import Moment, Phase
 from sparse_compile.plan import BITS_PER_WORD, TensorSpec
 from sparse_compile.sites import Reason, TokenLayout
 from sparse_compile.strategies.base import Effort
-from sparse_compile.strategies.sparse_attention import PlanNodes, write_kept_mass, write_sparse_attention
+from sparse_compile.strategies.sparse_attention import PlanFigures, PlanNodes, write_kept_mass, write_sparse_attention
 
 if TYPE_CHECKING:
     from torch.fx import Node
@@ -30,6 +30,8 @@ Size = int | torch.SymInt
 
 FEWEST_TOKENS, FEWEST_BLOCKS = 4096, 16
 """Below these there is nothing to gain (docs/adaspa.md, section 9)."""
+EXPECTED_DENSITY = 0.3
+"""Of sparse calls under ``target_recall``, before any was made: a guess, near that of SVG2's budgets of mass."""
 FEWEST_STEPS_TO_SEARCH_AGAIN = 20
 """In a shorter run a share names no later search: the plan is not held for long (docs/adaspa.md, section 8)."""
 
@@ -57,7 +59,7 @@ class AdaSpa:
         return Phase.REFINE if any(searched < step <= moment.step for step in steps) else Phase.SPARSE
 
     def state(self, site: Site, config: Config) -> Mapping[str, TensorSpec]:
-        """The plan's bitmap, the log-sum-exp, whether both are filled, and what ties the probe rows to the plan."""
+        """The plan's bitmap, the log-sum-exp, whether both are filled, and what is known of the plan's recall."""
         assert site.layout is not None and site.key_layout is not None, "classify_sites fills the layouts"
         batch, heads, q_tokens, _ = site.query.meta["example_value"].shape
         k_tokens = site.key.meta["example_value"].shape[2]
@@ -71,6 +73,9 @@ class AdaSpa:
         }
         if config.probe_rows:
             specs["probe_offset"] = TensorSpec((batch, heads), torch.float32, site.device)
+            specs["planned_mass"] = TensorSpec((batch, heads), torch.float32, site.device)
+        if config.target_recall is not None:
+            specs["at_bounds"] = TensorSpec((batch, heads, 2), torch.float32, site.device)
         return specs
 
     def unsupported_reason(self, site: Site, config: Config) -> Reason | None:
@@ -87,17 +92,18 @@ class AdaSpa:
         assert site.layout is not None and site.key_layout is not None, "classify_sites fills the layouts"
         queries, keys = site.query_sizes[2], site.key_sizes[2]
         video = site.layout.video_tokens * site.key_layout.video_tokens / (queries * keys)
-        return Effort(1 - config.sparsity * video, 0, -(-keys // config.block_size))
+        sparsity = config.sparsity_at_work if config.target_recall is None else 1 - EXPECTED_DENSITY
+        return Effort(1 - sparsity * video, 0, -(-keys // config.block_size))
 
     def write(self, build: GraphBuilder, site: Site, phase: Phase) -> Node:
         """Dense attention and a search, or sparse attention by the kept plan or by a new one."""
         blocks = _write_blocks(build)
-        offset = build.state("probe_offset") if build.config.probe_rows else None
         if phase is Phase.SPARSE:
-            return write_sparse_attention(build, _write_kept_plan(build, blocks), offset=offset)
+            plan = _write_kept_plan(build, blocks)
+            return write_sparse_attention(build, plan, figures=_write_figures(build, plan, None))
         if phase is Phase.REFINE:
             plan, recall = _write_search(build, blocks, fresh=False)
-            return write_sparse_attention(build, plan, recall=recall, offset=offset)
+            return write_sparse_attention(build, plan, figures=_write_figures(build, plan, recall))
         out = build.call(
             "attention_with_lse",
             build.query,
@@ -111,7 +117,7 @@ class AdaSpa:
             build.token_major(),
         )
         plan, recall = _write_search(build, blocks, fresh=True)
-        write_kept_mass(build, plan, recall=recall, offset=offset)
+        _write_figures(build, plan, recall)
         return out
 
 
@@ -191,22 +197,37 @@ def _write_search(build: GraphBuilder, blocks: _Blocks, *, fresh: bool) -> tuple
         config.search_row_stride,
         fresh,
     )
-    chosen = build.call(
-        "plan_top_k",
-        build.item(mass, 0),
-        blocks.q_offsets,
-        blocks.q_is_video,
-        blocks.k_offsets,
-        blocks.k_is_video,
-        keep,
-        ready,
-        config.sparsity,
-        config.head_adaptive,
-        config.rank_by,
-        build.padded_queries_attend(),
-        config.seed,
-    )
-    return plan, build.item(chosen, 0)
+    recall = _write_choice(build, blocks, build.item(mass, 0))
+    if config.min_recall is not None:
+        sides = (blocks.q_offsets, blocks.k_offsets)
+        recall = build.call(
+            "keep_weak_heads_whole", recall, *sides, keep, config.min_recall, build.padded_queries_attend()
+        )
+    return plan, recall
+
+
+def _write_choice(build: GraphBuilder, blocks: _Blocks, mass: Node) -> Node:
+    """Choose among the blocks by the budget of the options, and file the plan; the mass it keeps in each head."""
+    config = build.config
+    sides = (blocks.q_offsets, blocks.q_is_video, blocks.k_offsets, blocks.k_is_video)
+    filed = (build.state("keep"), build.state("ready"))
+    rest = (config.rank_by, build.padded_queries_attend(), config.seed)
+    if config.target_recall is None:
+        budget = (config.sparsity_at_work, config.head_adaptive)
+        return build.item(build.call("plan_top_k", mass, *sides, *filed, *budget, *rest), 0)
+    bounds = (config.target_recall, config.min_density, config.max_density)
+    return build.call("plan_measured_recall", mass, *sides, *filed, build.state("at_bounds"), *bounds, *rest)
+
+
+def _write_figures(build: GraphBuilder, plan: PlanNodes, recall: Node | None) -> PlanFigures:
+    """What the report is told of a plan: ``recall`` is its exact kept mass if this call made it, else None."""
+    at_bounds = None if build.config.target_recall is None else build.state("at_bounds")
+    measured = write_kept_mass(build, plan)
+    if measured is None:
+        return PlanFigures(at_bounds=at_bounds)
+    offset, planned = build.state("probe_offset"), build.state("planned_mass")
+    paired = build.call("paired_kept_mass", measured, recall, offset, planned)
+    return PlanFigures(paired, planned, at_bounds)
 
 
 def search_steps(moment: Moment, config: Config) -> tuple[int, ...]:

@@ -26,26 +26,34 @@ class PlanNodes:
         return (self.q_order, self.q_offsets, self.k_order, self.k_offsets, self.keep)
 
 
+@dataclass(frozen=True)
+class PlanFigures:
+    """What the report is told of a Plan beside its density; None where it is not known.
+
+    Nodes: kept_mass and planned_mass float32 [B, H], now and when the Plan was made; at_bounds float32 [B, H, 2], the
+    shares of the queries that the floor and the ceiling of their budget hold.
+    """
+
+    kept_mass: Node | None = None
+    planned_mass: Node | None = None
+    at_bounds: Node | None = None
+
+
 def write_sparse_attention(
-    build: GraphBuilder,
-    plan: PlanNodes,
-    *,
-    non_finite: Node | None = None,
-    recall: Node | None = None,
-    offset: Node | None = None,
+    build: GraphBuilder, plan: PlanNodes, *, figures: PlanFigures | None = None, non_finite: Node | None = None
 ) -> Node:
-    """Attend by a Plan, with the correction and the probe rows that the options ask for.
+    """Attend by a Plan, with the correction that the options ask for.
 
     Args:
         build: the builder of the site.
         plan: which key groups each query group attends to.
+        figures: for the report; None: the kept mass is measured on as many probe rows as the options say.
         non_finite: count of unusable tokens for the report; None: rows without a finite result are counted.
-        recall: see `write_kept_mass`.
-        offset: see `write_kept_mass`.
 
     Returns:
         The node of the attention output.
     """
+    told = PlanFigures(write_kept_mass(build, plan)) if figures is None else figures
     attention = build.call(
         "block_sparse_attention",
         build.query,
@@ -53,7 +61,9 @@ def write_sparse_attention(
         build.value,
         *plan.fields(),
         *_write_pooled_keys(build, plan),
-        write_kept_mass(build, plan, recall=recall, offset=offset),
+        told.kept_mass,
+        told.planned_mass,
+        told.at_bounds,
         non_finite,
         build.log(),
         build.scale,
@@ -62,20 +72,11 @@ def write_sparse_attention(
     return build.item(attention, 0)
 
 
-def write_kept_mass(
-    build: GraphBuilder, plan: PlanNodes, *, recall: Node | None = None, offset: Node | None = None
-) -> Node | None:
-    """Measure the attention mass that a Plan keeps, float32 [B, H]; None where ``probe_rows`` is 0.
-
-    Args:
-        build: the builder of the site.
-        plan: the Plan.
-        recall: the exact kept mass of a Plan just made, to which the probe rows are then tied.
-        offset: state float32 [B, H] that holds what ties them; None for a method that makes a Plan in each call.
-    """
+def write_kept_mass(build: GraphBuilder, plan: PlanNodes) -> Node | None:
+    """Measure on probe rows the attention mass that a Plan keeps, float32 [B, H]; None where ``probe_rows`` is 0."""
     if build.config.probe_rows == 0:
         return None
-    measured = build.call(
+    return build.call(
         "kept_mass",
         build.query,
         build.key,
@@ -86,7 +87,6 @@ def write_kept_mass(
         build.config.probe_rows,
         build.config.seed,
     )
-    return measured if offset is None else build.call("paired_kept_mass", measured, recall, offset)
 
 
 def _write_pooled_keys(build: GraphBuilder, plan: PlanNodes) -> tuple[Node | None, ...]:

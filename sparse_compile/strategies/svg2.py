@@ -7,7 +7,7 @@ k-means starts. Each call makes its own plan.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -15,7 +15,7 @@ from sparse_compile.phases import Moment, Phase
 from sparse_compile.plan import TensorSpec
 from sparse_compile.sites import Reason
 from sparse_compile.strategies.base import Effort
-from sparse_compile.strategies.sparse_attention import PlanNodes, write_sparse_attention
+from sparse_compile.strategies.sparse_attention import PlanFigures, PlanNodes, write_kept_mass, write_sparse_attention
 
 if TYPE_CHECKING:
     from torch.fx import Node
@@ -33,6 +33,8 @@ TOKENS_PER_CLUSTER_FLOOR = 4
 
 EXPECTED_DENSITY = 0.3
 """Of sparse calls under ``top_p``, before any was made: arXiv 2505.18875 reports 0.26 to 0.31 of its main settings."""
+EVERYTHING = 1.0
+"""The ``top_p`` of a plan that goes by another budget."""
 
 
 class Svg2:
@@ -48,17 +50,20 @@ class Svg2:
         return Phase.SEARCH if searched is None else Phase.SPARSE
 
     def state(self, site: Site, config: Config) -> Mapping[str, TensorSpec]:
-        """Centroids in the dtype of q, and whether a search has filled them."""
+        """Centroids in the dtype of q, whether a search has filled them, and what a recall target asks of each head."""
         assert site.layout is not None and site.key_layout is not None, "classify_sites fills the layouts"
         batch, heads, q_tokens, dim = site.query.meta["example_value"].shape
         _, kv_heads, k_tokens, _ = site.key.meta["example_value"].shape
         q_clusters = query_clusters(site.layout.video_size(q_tokens), config)
         k_clusters = key_clusters(site.key_layout.video_size(k_tokens), config)
-        return {
+        specs = {
             "q_centroids": TensorSpec((batch, heads, q_clusters, dim), site.dtype, site.device),
             "k_centroids": TensorSpec((batch, kv_heads, k_clusters, dim), site.dtype, site.device),
             "ready": TensorSpec((1,), torch.int32, site.device),
         }
+        if _calibrated(config):
+            specs["asked"] = TensorSpec((batch, heads), torch.float32, site.device)
+        return specs
 
     def unsupported_reason(self, site: Site, config: Config) -> Reason | None:
         """Too few tokens for the number of clusters, unless ``min_tokens`` says otherwise."""
@@ -72,15 +77,15 @@ class Svg2:
         return Reason.TOO_SHORT if video < max(k_floor, q_floor) else None
 
     def effort(self, site: Site, config: Config) -> Effort:
-        """The products of k-means, and a fixed density or what the default ``top_p`` leads to."""
+        """The products of k-means, and a fixed density or what a budget of mass leads to."""
         assert site.layout is not None and site.key_layout is not None, "classify_sites fills the layouts"
         queries, keys = site.layout.video_tokens, site.key_layout.video_tokens
         q_groups, k_groups = int(query_clusters(queries, config)), int(key_clusters(keys, config))
-        density = EXPECTED_DENSITY if config.density is None else config.density
+        density = EXPECTED_DENSITY if config.density_at_work is None else config.density_at_work
         return Effort(density, config.kmeans_iters * (queries * q_groups + keys * k_groups), k_groups)
 
     def write(self, build: GraphBuilder, site: Site, phase: Phase) -> Node:
-        """k-means, top-p plan, sparse attention; a search differs in how k-means starts and how long it runs."""
+        """k-means, plan, sparse attention; a search differs in how k-means starts and how long it runs."""
         config = build.config
         restart = phase is Phase.SEARCH
         clusters = build.call(
@@ -98,26 +103,81 @@ class Svg2:
             config.kmeans_iters_init if restart else config.kmeans_iters,
             config.seed,
         )
-        q_order, q_offsets, q_means, k_order, k_offsets, k_means, non_finite = (
-            build.item(clusters, index) for index in range(7)
-        )
-        keep = build.call(
-            "plan_top_p",
-            q_means,
-            k_means,
-            q_offsets,
-            k_offsets,
-            build.state("ready"),
-            build.scale,
-            config.top_p,
-            config.min_kept,
-            config.density,
-            config.rank_by,
-            build.padded_queries_attend(),
-            config.seed,
-        )
-        plan = PlanNodes(q_order, q_offsets, k_order, k_offsets, keep)
-        return write_sparse_attention(build, plan, non_finite=non_finite)
+        made = _Clusters(*(build.item(clusters, index) for index in range(7)))
+        if config.target_recall is None:
+            return write_sparse_attention(build, _write_plan(build, made), non_finite=made.non_finite)
+        plan, figures = _write_recall_plan(build, made, config.target_recall)
+        if restart and _calibrated(config):  # nothing is known of these heads yet: once more, with what this one kept
+            plan, figures = _write_recall_plan(build, made, config.target_recall)
+        return write_sparse_attention(build, plan, figures=figures, non_finite=made.non_finite)
+
+
+class _Clusters(NamedTuple):
+    """The nodes of `kmeans`."""
+
+    q_order: Node
+    q_offsets: Node
+    q_means: Node
+    k_order: Node
+    k_offsets: Node
+    k_means: Node
+    non_finite: Node
+
+    def plan(self, keep: Node) -> PlanNodes:
+        return PlanNodes(self.q_order, self.q_offsets, self.k_order, self.k_offsets, keep)
+
+
+def _calibrated(config: Config) -> bool:
+    """Whether probe rows correct what a recall target asks of the estimate."""
+    return config.target_recall is not None and config.probe_rows > 0
+
+
+def _write_plan(build: GraphBuilder, clusters: _Clusters) -> PlanNodes:
+    """A plan by a fixed density, or by the paper's top-p."""
+    config = build.config
+    keep = build.call(
+        "plan_top_p",
+        clusters.q_means,
+        clusters.k_means,
+        clusters.q_offsets,
+        clusters.k_offsets,
+        build.state("ready"),
+        build.scale,
+        EVERYTHING if config.top_p is None else config.top_p,
+        config.min_kept,
+        config.density_at_work,
+        config.rank_by,
+        build.padded_queries_attend(),
+        config.seed,
+    )
+    return clusters.plan(keep)
+
+
+def _write_recall_plan(build: GraphBuilder, clusters: _Clusters, target: float) -> tuple[PlanNodes, PlanFigures]:
+    """A plan that is to keep the target share of the mass; the estimate that it goes by is calibrated for the next."""
+    config = build.config
+    asked = build.state("asked") if _calibrated(config) else None
+    planned = build.call(
+        "plan_estimated_recall",
+        clusters.q_means,
+        clusters.k_means,
+        clusters.q_offsets,
+        clusters.k_offsets,
+        build.state("ready"),
+        asked,
+        build.scale,
+        target,
+        config.min_density,
+        config.max_density,
+        config.rank_by,
+        build.padded_queries_attend(),
+        config.seed,
+    )
+    plan = clusters.plan(build.item(planned, 0))
+    measured = write_kept_mass(build, plan)
+    if asked is not None:
+        build.call("calibrate_recall", measured, target, asked)
+    return plan, PlanFigures(measured, at_bounds=build.item(planned, 1))
 
 
 def query_clusters(tokens: Size, config: Config) -> Size:

@@ -80,7 +80,7 @@ with torch.no_grad():
         ({"method": "nothing"}, "must name an installed strategy"),
         ({"method": "no_such_module:Method"}, "must be importable"),
         ({"method": "builtins:dict"}, "must give a Strategy"),
-        ({"preset": "fast"}, "comes in a later version"),
+        ({"preset": "best"}, "quality, balanced or fast"),
         ({"sparsity": 0.5}, "belongs to method .adaspa."),
     ],
 )

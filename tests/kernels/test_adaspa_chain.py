@@ -115,7 +115,11 @@ class Site:
         """The kept mass by 64 probe rows."""
         options = (SCALE, 64, 0, self.kernel)
         measured = OPS.kept_mass(q, k, self.valid, self.video, *fields_of(plan), *options)
-        return measured if offset is None else OPS.paired_kept_mass(measured, recall, offset, self.kernel)
+        return (
+            measured
+            if offset is None
+            else OPS.paired_kept_mass(measured, recall, offset, torch.zeros_like(offset), self.kernel)
+        )
 
     def blocks(self, q, k):
         spans = (self.video, self.key_video or self.video)

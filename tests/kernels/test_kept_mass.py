@@ -189,7 +189,12 @@ def test_a_bounded_number_of_rows_at_once_changes_nothing_that_matters(monkeypat
 def call(q, k, plan, recall, offset, *, rows=16, seed=0, kernel="cpu"):
     spans = [0, q.shape[2]]
     measured = OPS.kept_mass(q, k, None, spans, *fields_of(plan), SCALE, rows, seed, kernel)
-    return measured if offset is None else OPS.paired_kept_mass(measured, recall, offset, kernel)
+    if offset is None:
+        return measured
+    planned = torch.full_like(offset, -1.0)
+    paired = OPS.paired_kept_mass(measured, recall, offset, planned, kernel)
+    assert torch.equal(planned, torch.full_like(offset, -1.0) if recall is None else recall)
+    return paired
 
 
 @pytest.mark.parametrize("kernel", IMPLEMENTATIONS)
@@ -226,7 +231,10 @@ def test_opcheck(kernel, paired):
     arguments = (q, k, valid, [0, 40], *fields_of(random_plan(2, 4, 2, 50, 60)), SCALE, 8, 0, kernel)
     op = OPS.kept_mass
     if paired:
-        op, arguments = OPS.paired_kept_mass, (op(*arguments), torch.full((2, 4), 0.5), torch.zeros(2, 4), kernel)
+        op, arguments = (
+            OPS.paired_kept_mass,
+            (op(*arguments), torch.full((2, 4), 0.5), torch.zeros(2, 4), torch.zeros(2, 4), kernel),
+        )
     results = torch.library.opcheck(op.default, arguments)
     assert set(results.values()) == {"SUCCESS"}, results
 

@@ -119,7 +119,7 @@ def whole_call(q, k, v, q_centroids, k_centroids, ready, log, kernel):
     keep = OPS.plan_top_p(q_means, k_means, q_offsets, k_offsets, ready, 0.25, 0.9, 0.0, None, "mass", True, 0, kernel)
     pooled = OPS.pooled_keys(k, v, k_order, k_offsets, spans[1], True, kernel)
     plan = (q_order, q_offsets, k_order, k_offsets, keep)
-    return OPS.block_sparse_attention(q, k, v, *plan, *pooled, None, non_finite, log, 0.25, True, kernel)
+    return OPS.block_sparse_attention(q, k, v, *plan, *pooled, None, None, None, non_finite, log, 0.25, True, kernel)
 
 
 def call_inputs(tokens):
@@ -206,7 +206,9 @@ def test_each_attention_call_appends_its_density_to_the_log(kernel):
     tail = (None,) * 4
     for count in (3, 0):
         non_finite = torch.tensor([count], dtype=torch.int32)
-        OPS.block_sparse_attention(q, q, q, *fields_of(plan), *tail, None, non_finite, log, 0.25, True, kernel)
+        OPS.block_sparse_attention(
+            q, q, q, *fields_of(plan), *tail, None, None, None, non_finite, log, 0.25, True, kernel
+        )
     written, rows = read_rows(log)
     assert written == 2
     assert [row.non_finite for row in rows] == [3, 0]

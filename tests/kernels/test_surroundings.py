@@ -36,7 +36,7 @@ def attend(q, k, v, plan, kernel):
     return [
         measured,
         *pooled,
-        *OPS.block_sparse_attention(q, k, v, *plan, *pooled, measured, None, log, SCALE, True, kernel),
+        *OPS.block_sparse_attention(q, k, v, *plan, *pooled, measured, None, None, None, log, SCALE, True, kernel),
     ]
 
 
@@ -63,7 +63,7 @@ def adaspa(q, k, v, kernel):
         found += [mass, spread, recall, counts, lse.clone()]
     kept = OPS.kept_blocks(keep, ready, *sides, True, kernel)
     found += [keep, kept, *attend(q, k, v, (*plan, kept), kernel)]
-    found.append(OPS.paired_kept_mass(found[-7], recall, offset, kernel))
+    found.append(OPS.paired_kept_mass(found[-7], recall, offset, torch.zeros_like(offset), kernel))
     return found, [lse, offset]
 
 

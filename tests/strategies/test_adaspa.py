@@ -175,6 +175,7 @@ def test_state_holds_a_bitmap_a_log_sum_exp_and_what_ties_the_probes() -> None:
         "lse": ((1, 2, 300), torch.float32),
         "ready": ((1,), torch.int32),
         "probe_offset": ((1, 2), torch.float32),
+        "planned_mass": ((1, 2), torch.float32),
     }
     assert "probe_offset" not in AdaSpa().state(site(300, min_tokens=1), Config(method="adaspa", probe_rows=0))
 

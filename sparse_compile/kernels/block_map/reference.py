@@ -108,13 +108,13 @@ def select(mass: Tensor, rank: Tensor, sizes: Tensor, top_p: float, minimum: int
     place = torch.arange(mass.shape[1], device=mass.device)
     if density is None:
         ranked = shares(mass).gather(-1, order)
-        taken = (_exclusive_sum(ranked) <= top_p) | (place < minimum)
+        taken = (exclusive_sum(ranked) <= top_p) | (place < minimum)
     else:
         ranked = sizes.to(mass.dtype).expand_as(mass).gather(-1, order)
-        taken = (_exclusive_sum(ranked) + ranked / 2 < density * sizes.sum()) | (place == 0)
+        taken = (exclusive_sum(ranked) + ranked / 2 < density * sizes.sum()) | (place == 0)
     return torch.zeros_like(taken).scatter(-1, order, taken) & occupied
 
 
-def _exclusive_sum(x: Tensor) -> Tensor:
+def exclusive_sum(x: Tensor) -> Tensor:
     """Sum of everything before each place of the last dimension; exactly 0 at the first."""
     return torch.nn.functional.pad(x, (1, 0))[..., :-1].cumsum(-1)
