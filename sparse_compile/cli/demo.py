@@ -7,9 +7,7 @@ import json
 import platform
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import torch
@@ -29,6 +27,7 @@ from sparse_compile.evaluation.comparison import (
     run_generations,
 )
 from sparse_compile.evaluation.demo_model import Scene, VideoSize, demo_scenes, load_pipeline
+from sparse_compile.evaluation.method_runs import MethodRun, figure, shown, video_rows
 from sparse_compile.evaluation.pictures import (
     Comparison,
     Variant,
@@ -56,21 +55,6 @@ FIGURES = {
 """The columns of the table by their name in the JSON: heading, digits."""
 
 
-@dataclass(frozen=True)
-class MethodRun:
-    """What one method made: its options, videos and report, and the figures of each video."""
-
-    options: dict[str, object]
-    run: Run
-    report: dict[str, Any]
-    rows: list[dict[str, Any]]
-
-    @property
-    def nothing_sparse(self) -> bool:
-        """Whether no attention became sparse although the method is a sparse one."""
-        return self.options["method"] != "dense" and all(row["density"] is None for row in self.rows)
-
-
 def run(arguments: argparse.Namespace) -> int:
     """Generate, compare, write pictures and print; 1 when a method made nothing sparse although it should have."""
     console = Console()
@@ -80,7 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
     size = VideoSize(*map(int, arguments.size.split("x")))
     scenes = demo_scenes(arguments.prompts, arguments.seed + 1000)
 
-    dense, methods = _generate_all(arguments, chosen, size, scenes, console)
+    dense, methods = generate_all(arguments, chosen, size, scenes, console)
     result = _result(arguments, size, scenes, dense, methods)
 
     folder = Path(arguments.out)
@@ -105,7 +89,7 @@ def _check_method(config: Config, steps: int) -> None:
     load_strategy(config.method).phase(Moment(0, steps), None, config)
 
 
-def _generate_all(
+def generate_all(
     arguments: argparse.Namespace,
     chosen: Mapping[str, dict[str, object]],
     size: VideoSize,
@@ -133,34 +117,11 @@ def _generate_all(
         dense, _ = generate("dense (torch.compile)", "inductor", None)
         methods = {}
         for method, options in chosen.items():
-            made, pipeline = generate(f"{_shown(method)} (sparse_attn)", "sparse_attn", options)
-            report: dict[str, Any] = sparse_compile.explain(pipeline).to_dict()
-            rows = _rows(scenes, measure(made.videos, dense.videos), report)
+            made, pipeline = generate(f"{shown(method)} (sparse_attn)", "sparse_attn", options)
+            report = sparse_compile.explain(pipeline)
+            rows = video_rows(scenes, measure(made.videos, dense.videos), report)
             methods[method] = MethodRun(resolved_options(options), made, report, rows)
     return dense, methods
-
-
-def _rows(scenes: Sequence[Scene], measured: list[dict[str, float]], report: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """One row a video: prompt, figures of its own generation where the report has them, metrics."""
-    generations = report["generations"][-len(scenes) :]
-    if len(generations) < len(scenes):
-        generations = [report] * len(scenes)
-    return [
-        {
-            "prompt": str(scene),
-            "density": generation["density"],
-            "density_run": generation["density_run"],
-            "kept_mass": generation["kept_mass"],
-            **figures,
-        }
-        for scene, figures, generation in zip(scenes, measured, generations, strict=True)
-    ]
-
-
-def _mean(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
-    """The mean of each figure over the videos that have it."""
-    known = {name: [row[name] for row in rows if row[name] is not None] for name in rows[0] if name != "prompt"}
-    return {name: fmean(values) if values else None for name, values in known.items()}
 
 
 def _result(
@@ -190,8 +151,8 @@ def _result(
                 "options": made.options,
                 "seconds": _seconds(made.run),
                 "videos": made.rows,
-                "mean": _mean(made.rows),
-                "report": made.report,
+                "mean": made.mean,
+                "report": made.report.to_dict(),
             }
             for method, made in methods.items()
         },
@@ -206,14 +167,9 @@ def _heading(arguments: argparse.Namespace, size: VideoSize) -> str:
     return f"{size} pixels, {size.tokens} tokens, {arguments.steps} steps, seed {arguments.seed}"
 
 
-def _shown(method: str) -> str:
-    """What people read: the class of a plug-in; the method that makes everything dense apart from the dense run."""
-    return "method dense" if method == "dense" else method.rpartition(":")[2]
-
-
 def _file_name(method: str) -> str:
     """What the method is called in names of files: ``module:Class`` has a character that not all systems allow."""
-    return re.sub(r"\W+", "_", _shown(method) if method == "dense" else method, flags=re.ASCII)
+    return re.sub(r"\W+", "_", shown(method) if method == "dense" else method, flags=re.ASCII)
 
 
 def _write_pictures(
@@ -227,11 +183,11 @@ def _write_pictures(
         for method, made in methods.items():
             row, video = made.rows[number], made.run.videos[number]
             notes = (
-                f"density {_figure(row['density'], 2)}",
-                f"PSNR {_figure(row['psnr'], 1)} dB",
-                f"SSIM {_figure(row['ssim'], 3)}",
+                f"density {figure(row['density'], 2)}",
+                f"PSNR {figure(row['psnr'], 1)} dB",
+                f"SSIM {figure(row['ssim'], 3)}",
             )
-            variants.append(Variant(_shown(method), video, notes))
+            variants.append(Variant(shown(method), video, notes))
             write_gif(video, folder / f"video_{number}_{_file_name(method)}.gif")
         comparison = Comparison(str(scene).capitalize(), dense.videos[number], tuple(variants))
         write_side_by_side_gif(comparison, folder / f"video_{number}_side_by_side.gif")
@@ -261,17 +217,13 @@ def _print_tables(console: Console, result: Mapping[str, Any]) -> None:
         if len(rows) > 1:
             rows.append(("mean", made["mean"]))
         for video, row in rows:
-            figures = (_figure(row[name], digits) for name, (_, digits) in FIGURES.items())
-            quality.add_row(_shown(method), video, *figures, style="bold" if video == "mean" else None)
+            figures = (figure(row[name], digits) for name, (_, digits) in FIGURES.items())
+            quality.add_row(shown(method), video, *figures, style="bold" if video == "mean" else None)
         quality.add_section()
-        _add_times(times, _shown(method), made["seconds"], str(made["report"]["compilations"]))
+        _add_times(times, shown(method), made["seconds"], str(made["report"]["compilations"]))
     console.print(quality)
     console.print(times)
 
 
 def _add_times(table: Table, name: str, seconds: Mapping[str, float], compilations: str) -> None:
-    table.add_row(name, _figure(seconds["run"], 2), _figure(seconds["compile"], 1), compilations)
-
-
-def _figure(value: float | None, digits: int) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
+    table.add_row(name, figure(seconds["run"], 2), figure(seconds["compile"], 1), compilations)
