@@ -1,85 +1,99 @@
-"""A sparse-attention method of your own: each stretch of tokens attends to its neighbourhood.
+"""Sliding Tile Attention (arXiv 2502.04507) as a sparse-attention method of one's own, in one short file.
 
     python examples/custom_strategy.py
 
-A method is one class: which phases it has, what it keeps between calls, which ops it writes. This one needs a single op
-of its own, which makes the plan; `write_sparse_attention` does the rest, correction and measured kept mass included. It
-keeps no state and never searches.
+The video is cut into tiles of frames x rows x columns. Each tile attends to the window of tiles around it, which is
+moved inside where it would leave the video, and to all text; text attends to everything. The paper's training-free mode
+searches a window for each head; here all heads have the same. A method is one class, which writes ops. This one needs a
+single op of its own, for the plan; `write_sparse_attention` does the rest, correction and measured kept mass included.
 """
-
-from __future__ import annotations
 
 from collections.abc import Mapping
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 import sparse_compile
 from sparse_compile.evaluation.demo_model import TRAINED_SIZES, demo_scenes, generate, load_pipeline
 from sparse_compile.phases import Moment, Phase
 from sparse_compile.plan import TensorSpec, pack_bits
-from sparse_compile.sites import MaskForm, Reason, Site
+from sparse_compile.sites import Reason, Site
 from sparse_compile.strategies.base import GraphBuilder
 from sparse_compile.strategies.sparse_attention import PlanNodes, write_sparse_attention
 
-BLOCK, REACH = 32, 3  # tokens in a block, and how many blocks a query looks to either side
-
-LIBRARY = torch.library.Library("neighbourhood", "DEF")
-LIBRARY.define("plan(Tensor q, int block, int reach) -> (Tensor offsets, Tensor keep)")
+TILE = (1, 2, 4)  # tokens a side, for the 9 x 8 x 8 of the demo; the paper's, for 30 x 48 x 80, is (6, 8, 8)
+WINDOW = (3, 3, 3)  # tiles a side, odd; an axis that has fewer is attended to whole
 
 
-def plan(q: torch.Tensor, block: int, reach: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Bounds of the blocks (the last group, for padding, is empty), and the band of blocks that each one keeps."""
-    batch, heads, tokens, _ = q.shape
-    blocks = -(-tokens // block)
-    bounds = torch.arange(blocks + 2, device=q.device, dtype=torch.int32) * block
-    place = torch.arange(blocks + 1, device=q.device)
-    band = ((place[:, None] - place).abs() <= reach) & (place[:, None] < blocks) & (place < blocks)
-    offsets, keep = bounds.clamp(max=tokens), pack_bits(band)
-    return offsets.expand(batch, heads, -1).contiguous(), keep.expand(batch, heads, -1, -1).contiguous()
+def tiles_and_windows(grid: list[int], tile: list[int], window: list[int]) -> tuple[Tensor, Tensor]:
+    """The tile of each token, [T*H*W] in (frame, row, column) order, and which tiles attend to which, bool [N, N]."""
+    tile_of, near = torch.zeros((), dtype=torch.long), torch.ones(1, 1, dtype=torch.bool)
+    for tokens, side, reach in zip(grid, tile, window, strict=True):
+        place = torch.arange(count := -(-tokens // side))
+        first = (place - reach // 2).clamp(max=count - reach).clamp(min=0).unsqueeze(1)
+        near = torch.kron(near, (first <= place) & (place < first + reach))
+        tile_of = tile_of.unsqueeze(-1) * count + torch.arange(tokens) // side
+    return tile_of.flatten(), near
 
 
-def plan_fake(q: torch.Tensor, block: int, reach: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Shapes and dtypes of `plan`."""
-    batch, heads, tokens, _ = q.shape
-    blocks = (tokens + block - 1) // block
-    offsets = q.new_empty((batch, heads, blocks + 2), dtype=torch.int32)
-    return offsets, q.new_empty((batch, heads, blocks + 1, (blocks + 1 + 31) // 32), dtype=torch.int32)
+def plan(
+    x: Tensor, valid: Tensor | None, start: int, grid: list[int], tile: list[int], window: list[int], pad_attends: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One side of a `sparse_compile.plan.Plan`, and its bitmap. The G groups are the N tiles, text, and padding.
+
+    Shapes: x (queries or keys) [B, H, S, D], its video from ``start`` on; valid bool [B or 1, S]; gives order int32
+        [B, H, S], offsets int32 [B, H, G + 1], keep int32 [B, H, G, ceil(G / 32)].
+    """
+    tile_of, near = (table.to(x.device) for table in tiles_and_windows(grid, tile, window))
+    text, padding = len(near), len(near) + 1
+    group = F.pad(tile_of, (start, x.shape[2] - start - len(tile_of)), value=text).unsqueeze(0)
+    group, order = (group if valid is None else torch.where(valid, group, padding)).sort(dim=-1, stable=True)
+    offsets = torch.searchsorted(group, torch.arange(padding + 2, device=x.device).repeat(len(group), 1))
+    kept = F.pad(F.pad(near, (0, 1, 0, 1), value=True), (0, 0, 0, 1), value=pad_attends)  # [G, N + 1]
+    holds = (offsets.diff() > 0).unsqueeze(1)  # a group without tokens is not kept and keeps nothing
+    keep = pack_bits(F.pad(kept & holds.mT & holds[..., :-1], (0, 1)))  # and nobody attends to padding
+    made = (table.int().unsqueeze(1) for table in (order, offsets, keep))
+    order, offsets, keep = (table.expand(*x.shape[:2], *table.shape[2:]).contiguous() for table in made)
+    return order, offsets, keep
 
 
-LIBRARY.impl("plan", plan, "CompositeExplicitAutograd")
-torch.library.register_fake("neighbourhood::plan", plan_fake, lib=LIBRARY)
+# No shape in there depends on a value, so that the function can also tell torch.compile the shapes.
+torch.library.custom_op("sliding_tile::plan", plan, mutates_args=()).register_fake(plan)
 
 
-class Neighbourhood:
-    """The strategy: dense at first, then sparse, without a search."""
+class SlidingTile:
+    """The strategy: dense at first, then sparse; it keeps no state and never searches."""
 
-    name = "neighbourhood"
+    name = "sliding_tile"
     phases = (Phase.DENSE, Phase.SPARSE)
 
     def phase(self, moment: Moment, searched: int | None, config: sparse_compile.Config) -> Phase:
-        """Sparse after the dense steps; there is nothing to be ready for."""
+        """Sparse after the dense steps."""
         return Phase.DENSE if moment.step < moment.count(config.dense_steps) else Phase.SPARSE
 
     def state(self, site: Site, config: sparse_compile.Config) -> Mapping[str, TensorSpec]:
-        """Nothing is kept."""
+        """No tensors."""
         return {}
 
     def unsupported_reason(self, site: Site, config: sparse_compile.Config) -> Reason | None:
-        """Masks and grouped heads would need more than this example does."""
-        if site.mask_form is not MaskForm.NONE:
-            return Reason.MASK
-        return Reason.GQA if site.query_sizes[1] != site.key_sizes[1] else None
+        """Tiles need one video whose (frames, height, width) the graph gives in numbers."""
+        videos = [part for part in site.layout.parts if part.visual] if site.layout else []
+        known = len(videos) == 1 and len(videos[0].grid) == 3 and isinstance(videos[0].size, int)
+        return None if known else Reason.UNKNOWN_GRID
 
     def write(self, build: GraphBuilder, site: Site, phase: Phase) -> torch.fx.Node:
         """Plan, then attend."""
-        made = build.call("neighbourhood::plan", build.query, BLOCK, REACH)
-        offsets, keep = build.item(made, 0), build.item(made, 1)
-        return write_sparse_attention(build, PlanNodes(None, offsets, None, offsets, keep))  # tokens stay in place
+        assert site.layout, "a site without a layout stays dense"
+        rest = (build.video_spans("query")[0], site.layout.grid, TILE, WINDOW, build.padded_queries_attend())
+        q, k = (build.call("sliding_tile::plan", x, build.valid("query"), *rest) for x in (build.query, build.key))
+        (q_order, q_offsets, keep), (k_order, k_offsets, _) = ([build.item(x, i) for i in range(3)] for x in (q, k))
+        return write_sparse_attention(build, PlanNodes(q_order, q_offsets, k_order, k_offsets, keep))
 
 
 if __name__ == "__main__":
     pipe = load_pipeline()
-    options = {"method": f"{__name__}:Neighbourhood", "min_tokens": 64, "dense_layers": 0}
-    pipe.transformer.compile_repeated_blocks(backend="sparse_attn", options=options)
-    generate(pipe, demo_scenes(1, seed=0), TRAINED_SIZES[0], steps=5)
+    options = {"method": f"{__name__}:SlidingTile", "min_tokens": 64, "dense_layers": 0}
+    pipe.transformer.compile(backend="sparse_attn", options=options)  # whole: a block alone does not know the grid
+    generate(pipe, demo_scenes(1, seed=0), TRAINED_SIZES[1], steps=5)
     print(sparse_compile.explain(pipe))

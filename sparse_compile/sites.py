@@ -56,6 +56,12 @@ class Reason(Enum):
         "a gather or an unknown operation reorders the video tokens",
         "",
     )
+    UNKNOWN_GRID = (
+        "unknown_grid",
+        False,
+        "the graph does not tell how many frames, rows and columns the video has",
+        "Compile the model as a whole, with dynamic=False.",
+    )
     DYNAMIC_SPLIT = (
         "dynamic_split",
         False,
