@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from diffusers import WanTransformer3DModel
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from sparse_compile.errors import SparseAttentionError
@@ -35,7 +35,7 @@ def save_checkpoint(
     folder.mkdir(parents=True, exist_ok=True)
     half = {name: value.detach().to("cpu", torch.bfloat16).contiguous() for name, value in weights.items()}
     unfinished = folder / f"{WEIGHTS}.unfinished"
-    save_file(half, unfinished, metadata={"format": "pt"})
+    unfinished.write_bytes(save(half, metadata={"format": "pt"}))  # `save_file` makes it readable to its owner only
     os.replace(unfinished, folder / WEIGHTS)
     config = {name: value for name, value in json.loads(model.to_json_string()).items() if name != "_name_or_path"}
     _write_json(folder / CONFIG, config)
