@@ -34,7 +34,16 @@ MAY_IMPORT = {
     "compiler": (*LEAVES, "compiler", "kernels.cpp", "ops", "passes", "runtime", "strategies"),
     "integrations": (*LEAVES, "integrations", "runtime"),
     "api": (*LEAVES, "compiler.torch_internals", "integrations", "runtime"),
-    "evaluation": (*LEAVES, "api", "evaluation", "ops", "runtime.call_figures", "runtime.report", "strategies"),
+    "evaluation": (
+        *LEAVES,
+        "api",
+        "evaluation",
+        "kernels.block_map",
+        "ops",
+        "runtime.call_figures",
+        "runtime.report",
+        "strategies",
+    ),
 }
 """What a module or folder of the package may import of the rest of it."""
 MAY_IMPORT_DIFFUSERS = ("integrations", "evaluation", "cli")
