@@ -1,4 +1,4 @@
-"""Types of arguments that several subcommands share."""
+"""Arguments that several subcommands share: their types and choices."""
 
 from __future__ import annotations
 
@@ -8,12 +8,23 @@ from typing import TypeAlias
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 """What `add_subparsers` gives; argparse has no public name for it."""
 
+SIZES = ("12x32x48", "9x32x32")
+"""Frames x height x width that the demo model was trained at."""
+
 
 def positive(text: str) -> int:
     """An integer of at least 1."""
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, not {number}")
+    return number
+
+
+def share(text: str) -> float:
+    """A number in [0, 1]."""
+    number = float(text)
+    if not 0 <= number <= 1:
+        raise argparse.ArgumentTypeError(f"must lie in [0, 1], not {number:g}")
     return number
 
 

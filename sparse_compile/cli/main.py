@@ -9,12 +9,10 @@ import sys
 from collections.abc import Sequence
 
 from sparse_compile.cli import bench
-from sparse_compile.cli.arguments import key_value, positive
+from sparse_compile.cli.arguments import SIZES, key_value, positive
 from sparse_compile.errors import SparseAttentionError
 
-SIZES = ("12x32x48", "9x32x32")
-"""Frames x height x width that the demo model was trained at."""
-DEMO_MODULES = ("diffusers", "transformers", "ftfy", "rich", "PIL", "numpy")
+DEMO_MODULES = ("diffusers", "transformers", "ftfy", "rich", "PIL", "numpy", "matplotlib")
 """What the extra ``demo`` installs, by import name."""
 
 

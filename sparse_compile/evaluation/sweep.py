@@ -6,186 +6,238 @@ videos differ by several decibels, so compare means over the same videos, and ta
 
 from __future__ import annotations
 
-import platform
-import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from statistics import fmean
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from diffusers import WanPipeline
 from torch import Tensor
 
 from sparse_compile.api import explain
-from sparse_compile.evaluation import metrics
-from sparse_compile.evaluation.comparison import DEMO_OPTIONS, PLUG_IN_OPTIONS, compile_transformer, measure
-from sparse_compile.evaluation.demo_model import Scene, VideoSize, draw_scenes, generate, load_pipeline
+from sparse_compile.config import Config
+from sparse_compile.errors import SparseAttentionError
+from sparse_compile.evaluation.comparison import compile_transformer, measure
+from sparse_compile.evaluation.demo_model import load_pipeline
+from sparse_compile.evaluation.grids import Configuration
+from sparse_compile.evaluation.protocol import OnStep, Protocol, Started
+from sparse_compile.evaluation.reference import Reference
+from sparse_compile.evaluation.results import ResultsFile, checkpoint_digest, key_of, options_at_work, provenance
 
-CORRECTIONS = ("none", "pooled", "coupled")
-METHODS: Mapping[str, Mapping[str, object]] = {
-    "svg2": {**DEMO_OPTIONS["svg2"], "kmeans_iters_init": 10},
-    "adaspa": DEMO_OPTIONS["adaspa"],
-}
-"""Both methods at a quarter of the pairs, in sizes that suit a thousand tokens."""
-GUIDANCE = 2.0
-
-OnStep = Callable[[int], None]
-
-
-@dataclass(frozen=True)
-class Protocol:
-    """What all configurations of a sweep share. Video n starts from the noise of seed + n."""
-
-    size: VideoSize
-    videos: int
-    steps: int
-    seed: int
-    dense_steps: float = 0.2
+COMPILE: Mapping[str, object] = {"lowering": "eager"}
+"""How configurations are compiled, unless they say otherwise."""
+LOSSLESS_WITHIN = 1.0
+"""Decibels below the noise ceiling in which a result cannot be told from dense."""
+DENSITY_TOLERANCE = 0.003
+FARTHEST_DENSITY = 0.02
+MOST_PROBES = 8
+"""Of the search for a top_p: when it ends, when it has failed, and how many generations it may take."""
 
 
 @dataclass(frozen=True)
-class Row:
-    """One configuration: what it kept, and how close its videos come to dense: means, ``psnr_each`` by video."""
+class Figures:
+    """What one configuration kept, and how close its videos come to dense: means over all of them."""
 
-    method: str
-    correction: str
-    options: dict[str, object]
     psnr: float
     psnr_min: float
+    psnr_by_seed: list[float]
     psnr_each: list[float]
     ssim: float
     flicker_gap: float
+    lossless: bool
     density: float | None
     density_run: float | None
     kept_mass: float | None
     compilations: int
     recompilations: int
     """Compilations after the first generation; must be 0."""
+    generation_seconds: float
+    """Mean of one batch with everything compiled; CPU times of the demo model say nothing about large ones."""
     seconds: float
-    """Mean of one generation, everything compiled; CPU times of the demo model say nothing about large ones."""
-
-
-@dataclass(frozen=True)
-class Sweep:
-    """The context that every row needs, and the rows."""
-
-    protocol: Protocol
-    noise_ceiling: float
-    """Mean PSNR in dB between dense eager and dense compiled: a sparse run near it is lossless."""
-    provenance: dict[str, object]
-    rows: list[Row] = field(default_factory=list)
-
-    def lines(self) -> Iterator[dict[str, Any]]:
-        """One dict a row, each with the whole context."""
-        protocol = {**asdict(self.protocol), "size": str(self.protocol.size), "tokens": self.protocol.size.tokens}
-        context = {**self.provenance, **protocol, "guidance": GUIDANCE, "noise_ceiling": self.noise_ceiling}
-        return ({**context, **asdict(row)} for row in self.rows)
-
-
-def corrections_grid() -> list[dict[str, object]]:
-    """Options of both methods with each correction."""
-    return [
-        {"method": method, **options, "correction": correction}
-        for method, options in METHODS.items()
-        for correction in CORRECTIONS
-    ]
+    """All that the configuration took."""
+    warnings: list[str]
+    """Of the report."""
 
 
 def run_sweep(
-    protocol: Protocol, grid: Sequence[Mapping[str, object]], on_step: Callable[[str], OnStep | None]
-) -> Sweep:
-    """Generate densely, eager and compiled, then with each configuration, and measure against the compiled one.
+    protocol: Protocol,
+    configurations: Sequence[Configuration],
+    reference: Reference,
+    results: ResultsFile,
+    started: Started,
+    grid: str,
+) -> None:
+    """Measure each configuration that has no row yet, and write its row at once.
 
     Args:
-        protocol: videos, size, steps, seed.
-        grid: options of each configuration.
-        on_step: called with a label before each run; gives what to call after each step of it, or None. A sparse run
-            makes one video more, the first, which compiles.
+        protocol: the videos.
+        configurations: all are checked before any is measured.
+        reference: the dense videos of the protocol.
+        results: where rows are and go.
+        started: see `Started`; a configuration that has a row is passed over in silence.
+        grid: what the rows shall say they belong to.
+
+    Raises:
+        SparseAttentionError: the installed version refuses a configuration.
     """
-    scenes = draw_scenes(protocol.videos, protocol.seed + 1000)
+    keys = {configuration.label: key_of_configuration(protocol, configuration) for configuration in configurations}
+    for configuration in configurations:
+        if keys[configuration.label] in results.by_key():
+            continue
+        options = dict(configuration.options)
+        if configuration.matched_density is not None:
+            options["top_p"] = match_density(protocol, configuration, started)
+        figures = measured(protocol, options, reference, started(configuration.label, len(protocol.seeds)))
+        config = checked(configuration, options)
+        row = {
+            "key": keys[configuration.label],
+            "label": configuration.label,
+            "series": configuration.series,
+            "grid": grid,
+            **provenance(),
+            **protocol.to_dict(),
+            "checkpoint": checkpoint_digest(),
+            "ceiling": reference.ceiling,
+            "compile": config.lowering,
+            **{name: getattr(config, name) for name in ("method", "dense_steps", "dense_layers")},
+            "correction": config.correction_at_work,
+            "options": options_at_work(config),
+            **asdict(figures),
+        }
+        results.append(row)
 
-    def videos_of(pipeline: WanPipeline, told: OnStep | None) -> Tensor:
-        made = [_generate(pipeline, scene, protocol, number, told) for number, scene in enumerate(scenes)]
-        return metrics.to_unit_range(torch.cat(made))
 
-    eager = videos_of(load_pipeline(), on_step("dense, eager"))
+def key_of_configuration(protocol: Protocol, configuration: Configuration) -> str:
+    """The key of its row. Where top_p has yet to be found, what it is to match stands for it.
+
+    Raises:
+        SparseAttentionError: the installed version refuses the configuration.
+    """
+    options = options_at_work(checked(configuration, configuration.options))
+    if configuration.matched_density is not None:
+        options["matched_density"] = configuration.matched_density
+    return key_of(protocol, options)
+
+
+def checked(configuration: Configuration, options: Mapping[str, object]) -> Config:
+    """The options as the backend reads them.
+
+    Raises:
+        SparseAttentionError: it refuses them; the message names the configuration.
+    """
+    try:
+        return Config.from_options({**COMPILE, **options})
+    except SparseAttentionError as error:
+        raise refused(configuration, error) from error
+
+
+def refused(configuration: Configuration, reason: SparseAttentionError) -> SparseAttentionError:
+    """The error of a configuration that cannot run."""
+    rule = "this version must accept every configuration of a sweep"
+    return SparseAttentionError(rule, configuration.label, f"It says: {reason}")
+
+
+def compiled_pipeline(options: Mapping[str, object]) -> WanPipeline:
+    """The demo model, compiled with the backend as every configuration of a sweep is."""
     pipeline = load_pipeline()
-    compile_transformer(pipeline, "inductor")
-    dense = videos_of(pipeline, on_step("dense, compiled"))
-    sweep = Sweep(protocol, float(metrics.psnr(eager, dense).mean()), provenance())
-    for chosen in grid:
-        options = {**PLUG_IN_OPTIONS, "dense_steps": protocol.dense_steps, **chosen}
-        told = on_step(f"{chosen['method']}, {chosen['correction']}")
-        pipeline = load_pipeline()
-        compile_transformer(pipeline, "sparse_attn", options)
-        _generate(pipeline, scenes[0], protocol, 0, told)
-        compilations = explain(pipeline).compilations
-        start = time.perf_counter()
-        videos = videos_of(pipeline, told)
-        seconds = (time.perf_counter() - start) / len(scenes)
-        report = explain(pipeline).to_dict()
-        sweep.rows.append(_row(options, measure(videos, dense), report, compilations, seconds))
-    return sweep
+    compile_transformer(pipeline, "sparse_attn", {**COMPILE, **options})
+    return pipeline
 
 
-def _generate(pipeline: WanPipeline, scene: Scene, protocol: Protocol, number: int, told: OnStep | None) -> Tensor:
-    seed = protocol.seed + number
-    size, steps = protocol.size, protocol.steps
-    return generate(pipeline, [scene], size, steps=steps, guidance=GUIDANCE, seed=seed, on_step=told)
+def measured(
+    protocol: Protocol, options: Mapping[str, object], reference: Reference, told: OnStep | None = None
+) -> Figures:
+    """Generate the videos of all seeds with some options, and measure them."""
+    start = time.perf_counter()
+    pipeline = compiled_pipeline(options)
+    made: list[Tensor] = []
+    seconds: list[float] = []
+    first_compilations = 0
+    for number, seed in enumerate(protocol.seeds):
+        before = time.perf_counter()
+        made.append(protocol.generate(pipeline, seed, told))
+        seconds.append(time.perf_counter() - before)
+        if number == 0:
+            first_compilations = explain(pipeline).compilations
+    videos = measure(torch.cat(made), reference.compiled)
+    report = explain(pipeline)
+    psnr = [video["psnr"] for video in videos]
+    by_seed = [fmean(psnr[at : at + protocol.videos]) for at in range(0, len(psnr), protocol.videos)]
 
+    def of_generations(name: str) -> float | None:
+        values = [getattr(generation, name) for generation in report.generations]
+        known = [value for value in values if value is not None]
+        return fmean(known) if known else None
 
-def _row(
-    options: dict[str, object],
-    measured: Sequence[Mapping[str, float]],
-    report: Mapping[str, Any],
-    first_compilations: int,
-    seconds: float,
-) -> Row:
-    def mean(name: str) -> float:
-        return fmean(video[name] for video in measured)
-
-    generations = report["generations"][-len(measured) :]
-
-    def mean_of_generations(name: str) -> float | None:
-        values = [generation[name] for generation in generations if generation[name] is not None]
-        return fmean(values) if values else None
-
-    each = [video["psnr"] for video in measured]
-    return Row(
-        method=str(options["method"]),
-        correction=str(options["correction"]),
-        options=options,
-        psnr=mean("psnr"),
-        psnr_min=min(each),
-        psnr_each=each,
-        ssim=mean("ssim"),
-        flicker_gap=mean("flicker_gap"),
-        density=mean_of_generations("density"),
-        density_run=mean_of_generations("density_run"),
-        kept_mass=mean_of_generations("kept_mass"),
-        compilations=report["compilations"],
-        recompilations=report["compilations"] - first_compilations,
-        seconds=seconds,
+    return Figures(
+        psnr=fmean(psnr),
+        psnr_min=min(psnr),
+        psnr_by_seed=by_seed,
+        psnr_each=psnr,
+        ssim=fmean(video["ssim"] for video in videos),
+        flicker_gap=fmean(video["flicker_gap"] for video in videos),
+        lossless=fmean(psnr) >= reference.ceiling - LOSSLESS_WITHIN,
+        density=of_generations("density"),
+        density_run=of_generations("density_run"),
+        kept_mass=of_generations("kept_mass"),
+        compilations=report.compilations,
+        recompilations=report.compilations - first_compilations,
+        generation_seconds=fmean(seconds[1:] or seconds),
+        seconds=time.perf_counter() - start,
+        warnings=report.warnings,
     )
 
 
-def provenance() -> dict[str, object]:
-    """Versions, threads, and the git revision where the package lies in a repository."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        git = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
-        revision = git.stdout.strip() or None
-    except OSError:
-        revision = None
-    return {
-        "sparse_compile": version("sparse_compile"),
-        "revision": revision,
-        "torch": str(torch.__version__),
-        "python": platform.python_version(),
-        "threads": torch.get_num_threads(),
-        "dtype": "float32",
-    }
+def match_density(protocol: Protocol, configuration: Configuration, started: Started) -> float:
+    """The top_p at which a configuration keeps its ``matched_density``, found on the videos of the first seed.
+
+    Equal density in the sparse calls is equal ``density_run`` too, where the dense steps are the same.
+
+    Raises:
+        SparseAttentionError: no top_p comes near it, as below the share that ``min_kept`` keeps anyway.
+    """
+    wanted = configuration.matched_density
+    assert wanted is not None
+    one_seed = replace(protocol, seeds=protocol.seeds[:1])
+
+    def density_at(top_p: float) -> float:
+        told = started(f"{configuration.label}: top_p={top_p:.4f}", 1)
+        pipeline = compiled_pipeline({**configuration.options, "top_p": top_p})
+        one_seed.generate(pipeline, one_seed.seeds[0], told)
+        return explain(pipeline).density or 1.0
+
+    found = interpolated_root(density_at, wanted, tolerance=DENSITY_TOLERANCE, most=MOST_PROBES)
+    if abs(found.value - wanted) > FARTHEST_DENSITY:
+        raise SparseAttentionError(
+            f"a top_p must keep about {wanted:g} of the pairs in {configuration.label!r}",
+            f"{found.value:.3f} at top_p={found.at:.4f}",
+            "Ask for another density, or lower min_kept.",
+        )
+    return found.at
+
+
+class Probe(NamedTuple):
+    """An argument of a function, and its value."""
+
+    at: float
+    value: float
+
+
+def interpolated_root(function: Callable[[float], float], wanted: float, *, tolerance: float, most: int) -> Probe:
+    """Where a function that rises from 0 at 0 to 1 at 1 has a wanted value, or the nearest of ``most`` probes.
+
+    Linear interpolation between the two nearest probes, but never close to either, so that both move.
+    """
+    low, high = Probe(0.0, 0.0), Probe(1.0, 1.0)
+    best = high
+    for _ in range(most):
+        part = (wanted - low.value) / max(high.value - low.value, 1e-9)
+        at = low.at + min(max(part, 0.1), 0.9) * (high.at - low.at)
+        probe = Probe(at, function(at))
+        best = min(best, probe, key=lambda each: abs(each.value - wanted))
+        if abs(probe.value - wanted) <= tolerance:
+            break
+        low, high = (probe, high) if probe.value < wanted else (low, probe)
+    return best
