@@ -17,6 +17,8 @@ from sparse_compile.plan import TensorSpec
 
 ROWS = 512
 COLUMNS = 6
+KEPT_MASS, PLANNED_MASS = 1, 3
+"""Columns of a row."""
 
 
 class CallRow(NamedTuple):
@@ -82,6 +84,11 @@ def carry_over(old: Tensor, new: Tensor) -> None:
     new[: 1 + ROWS] = old[: 1 + ROWS]
     if new.shape == old.shape:
         new[1 + ROWS :] = old[1 + ROWS :]
+
+
+def newest_row(log: Tensor, written: int) -> Tensor:
+    """The row of the newest call as a view, float32 [COLUMNS], where ``written`` rows were ever written: at least 1."""
+    return log[1 + (written - 1) % ROWS]
 
 
 def read_rows(log: Tensor) -> tuple[int, list[CallRow]]:

@@ -28,6 +28,10 @@ class Moment(NamedTuple):
 
     step: int
     steps: int
+    stale: tuple[int, ...] = ()
+    """Steps from which on plans that were made before them are to be made anew, whatever the schedule says."""
+    sound: tuple[int, ...] = ()
+    """Steps at which the plans that are held proved as good as new: a search that was due then is not needed."""
 
     def count(self, amount: float | int) -> int:
         """Steps that ``amount`` stands for: an int is a count, a float a share of all steps, rounded half up."""

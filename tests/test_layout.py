@@ -17,13 +17,14 @@ PACKAGE = ROOT / "sparse_compile"
 SOURCE_FOLDERS = ("sparse_compile", "tests", "examples", "benchmarks", "training")
 LONGEST_FILE = 400
 
-LEAVES = ("call_log", "config", "errors", "option_values", "phases", "plan", "sites")
+LEAVES = ("call_log", "config", "errors", "option_values", "phases", "plan", "presets", "sites")
 MAY_IMPORT = {
     "errors": (),
     "phases": (),
     "plan": (),
     "option_values": (),
-    "config": ("errors", "option_values"),
+    "presets": (),
+    "config": ("errors", "option_values", "presets"),
     "call_log": ("plan",),
     "sites": ("errors", "phases", "plan"),
     "kernels": ("call_log", "kernels", "plan"),

@@ -32,6 +32,12 @@ class CallReport:
     kept_mass: float | None
     """None where it was not measured."""
     non_finite: int
+    planned_mass: float | None = None
+    """Kept mass of the plan when it was made; None where each call makes its own."""
+    at_floor: float | None = None
+    """Share of the queries that the floor of a recall target holds up; None without a target."""
+    at_ceiling: float | None = None
+    """The same of its ceiling, which holds down."""
 
     @property
     def sparse(self) -> bool:
@@ -87,4 +93,7 @@ def _report(layer: str, call: Call, ordinal: int | None, row: CallRow) -> CallRe
         density=row.density,
         kept_mass=row.kept_mass,
         non_finite=row.non_finite,
+        planned_mass=row.planned_mass,
+        at_floor=row.at_floor,
+        at_ceiling=row.at_ceiling,
     )

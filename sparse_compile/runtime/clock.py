@@ -19,6 +19,7 @@ from torch import nn
 from sparse_compile.errors import SparseAttentionError, StrictModeError
 from sparse_compile.option_values import layer_ranges
 from sparse_compile.phases import Moment, Phase
+from sparse_compile.runtime.monitor import Monitor
 
 if TYPE_CHECKING:
     from sparse_compile.runtime.state import Layer
@@ -157,6 +158,7 @@ class Clock:
     def __init__(self) -> None:
         self.generation = next(_generations)
         self.moment = Moment(0, 0)
+        self.monitor = Monitor()
         self.branch_name: str | None = None
         self.running = threading.Lock()
         """Held while a compiled graph of one of the models runs: one generation at a time."""
@@ -210,6 +212,7 @@ class Clock:
             )
         self.generation = next(_generations)
         self.moment = Moment(step, steps)
+        self.monitor.start()
         for claim in self._claims:
             claim.restart()
 
@@ -219,7 +222,8 @@ class Clock:
         Raises:
             StrictModeError: the last step has ended and nothing became sparse, under strict.
         """
-        self.moment = Moment(self.moment.step + 1 if to is None else to, self.moment.steps)
+        moved = self.moment._replace(step=self.moment.step + 1 if to is None else to)
+        self.moment = self.monitor.moved(moved, (layer for claim in self._claims for layer in claim.layers()))
         if self._branch_thread is None:
             self.branch_name = None
         for claim in self._claims:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING
@@ -41,6 +41,14 @@ class StepReport:
     """The density with dense calls counted as 1."""
     sparse_calls: int
     """How many calls the means are over: one for each site that ran sparsely."""
+    planned_mass: float | None = None
+    """What the plans kept when they were made; None where each call makes its own."""
+    at_floor: float | None = None
+    """Share of the queries that the floor of a recall target holds up; None without a target."""
+    at_ceiling: float | None = None
+    """The same of its ceiling, which holds down."""
+    note: str = ""
+    """What the monitor decided when this step began; told once, whatever the number of branches."""
 
 
 @dataclass
@@ -51,6 +59,8 @@ class GenerationReport:
     density: float | None
     density_run: float | None
     kept_mass: float | None
+    at_floor: float | None = None
+    at_ceiling: float | None = None
 
 
 @dataclass
@@ -73,14 +83,24 @@ class HeadReport:
         )
 
 
-def generations_of(calls: Iterable[CallReport]) -> list[GenerationReport]:
-    """Every generation that the calls belong to, oldest first."""
+def generations_of(
+    calls: Iterable[CallReport], notes: Mapping[tuple[int, int], str] | None = None
+) -> list[GenerationReport]:
+    """Every generation that the calls belong to, oldest first.
+
+    Args:
+        calls: of all layers.
+        notes: what the monitor decided, by generation and step.
+    """
+    untold = dict(notes or {})
     by_step: dict[tuple[int, int, str], list[CallReport]] = {}
     for call in calls:
         by_step.setdefault((call.generation, call.step, call.branch), []).append(call)
     generations: dict[int, list[StepReport]] = {}
     for (generation, step, branch), made in sorted(by_step.items(), key=lambda item: item[0][:2]):
-        generations.setdefault(generation, []).append(_step(step, branch, made))
+        report = _step(step, branch, made)
+        report.note = untold.pop((generation, step), "")
+        generations.setdefault(generation, []).append(report)
     return [_generation(steps) for _, steps in sorted(generations.items())]
 
 
@@ -138,6 +158,9 @@ def _step(step: int, branch: str, made: Sequence[CallReport]) -> StepReport:
         non_finite=sum(call.non_finite for call in sparse),
         density_run=fmean(call.density for call in made),
         sparse_calls=len(sparse),
+        planned_mass=mean_of_known(call.planned_mass for call in sparse),
+        at_floor=mean_of_known(call.at_floor for call in sparse),
+        at_ceiling=mean_of_known(call.at_ceiling for call in sparse),
     )
 
 
@@ -148,6 +171,8 @@ def _generation(steps: list[StepReport]) -> GenerationReport:
         density=mean_of_known(step.density for step in sparse),
         density_run=fmean(step.density_run for step in steps),
         kept_mass=mean_of_known(step.kept_mass for step in sparse),
+        at_floor=mean_of_known(step.at_floor for step in sparse),
+        at_ceiling=mean_of_known(step.at_ceiling for step in sparse),
     )
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from sparse_compile.phases import Phase
+from sparse_compile.runtime.budget_notes import unreached_warning, verdict_notes, whole_heads_warning
 from sparse_compile.runtime.call_figures import CallReport, calls_of
 from sparse_compile.runtime.figures import (
     GenerationReport,
@@ -144,6 +145,7 @@ class Report:
         for number, generation in enumerate(self.generations, 1):
             lines += ["", f"generation {number}: {_summary(generation)}"]
             lines += _table(("steps", "branch", "phase", "density", "kept mass"), _runs(generation.steps))
+            lines += [f"step {step.step}: {step.note}" for step in generation.steps if step.note]
         if self.heads:
             lines += ["", "newest sparse call, per head"]
             lines += _table(("layer", "branch", "density", "kept mass"), [_head_row(heads) for heads in self.heads])
@@ -188,10 +190,15 @@ def build_report(models: Mapping[str, nn.Module], registry: Registry) -> Report:
             " name of their own, or move the clock"
         )
     report.calls = calls_of(layers)
-    report.generations = generations_of(report.calls)
+    report.generations = generations_of(report.calls, verdict_notes(layers))
     report.heads = heads_of(layers)
-    if uniform := uniformity_warning(report.heads):
-        report.warnings.append(uniform)
+    least = {name: layer.planner.config.min_recall for name, layer in layers}
+    found = (
+        uniformity_warning(report.heads),
+        unreached_warning(report.calls),
+        whole_heads_warning(report.heads, least),
+    )
+    report.warnings += [warning for warning in found if warning]
     return report
 
 
@@ -212,7 +219,11 @@ def _summary(generation: GenerationReport) -> str:
     if generation.density is None:
         return f"{len(generation.steps)} calls, all dense"
     mass = "" if generation.kept_mass is None else f", kept mass {generation.kept_mass:.3f}"
-    return f"density {generation.density:.3f} in sparse calls, density_run {generation.density_run:.3f} over all{mass}"
+    held = ""
+    if generation.at_floor is not None and generation.at_ceiling is not None:
+        held = f", {generation.at_floor:.1%} of the queries at the floor, {generation.at_ceiling:.1%} at the ceiling"
+    run = f"density_run {generation.density_run:.3f} over all"
+    return f"density {generation.density:.3f} in sparse calls, {run}{mass}{held}"
 
 
 def _runs(steps: list[StepReport]) -> list[tuple[str, ...]]:

@@ -20,6 +20,7 @@ from sparse_compile.strategies.base import Planner
 
 if TYPE_CHECKING:
     from sparse_compile.runtime.clock import Claim
+    from sparse_compile.runtime.monitor import Verdict
 
 HISTORY = 1024
 """Calls per layer that the report can look back on."""
@@ -57,6 +58,8 @@ class BranchState:
     logs: dict[int, Tensor] = field(default_factory=dict)
     rows: int = 0
     """Rows written to each log so far."""
+    rows_at_start: int = 0
+    """Rows that were there when this generation started."""
     called: tuple[int, int] | None = None
     """Generation and step of the last call."""
 
@@ -77,6 +80,8 @@ class Layer:
         """Calls without a named branch that returned in the current step."""
         self.branches: dict[Branch, BranchState] = {}
         self.history: deque[Call] = deque(maxlen=HISTORY)
+        self.verdicts: deque[Verdict] = deque(maxlen=HISTORY)
+        """What the monitor decided because of this layer."""
         self.groups: dict[object, LayerGroup] = {}
         """The layers that each Region runs together with this one as the first."""
 
@@ -117,7 +122,7 @@ class Layer:
             with torch.inference_mode(False), torch.no_grad():
                 for tensor in (tensor for tensors in state.tensors.values() for tensor in tensors):
                     tensor.zero_()
-            state.generation, state.searched = generation, None
+            state.generation, state.searched, state.rows_at_start = generation, None, state.rows
         return state
 
     def recount_rows(self) -> None:

@@ -48,12 +48,13 @@ class AdaSpa:
     def phase(self, moment: Moment, searched: int | None, config: Config) -> Phase:
         """Without a plan dense, then a search; with one sparse, and a refining call where a search is due.
 
-        Due is latched: a step whose call was skipped hands its search to the next call.
+        Due is latched: a step whose call was skipped hands its search to the next call. The schedule says what is due,
+        and the monitor: it asks for searches beside it, and takes back those that are not needed.
         """
         dense_steps = moment.count(config.dense_steps)
         if dense_steps >= moment.steps:
             return Phase.DENSE
-        steps = search_steps(moment, config)
+        steps = {*search_steps(moment, config)} - {*moment.sound} | {*moment.stale}
         if searched is None:
             return Phase.DENSE if moment.step < dense_steps - 1 else Phase.SEARCH
         return Phase.REFINE if any(searched < step <= moment.step for step in steps) else Phase.SPARSE

@@ -14,7 +14,14 @@ from toy_models import Stack, tokens
 
 import sparse_compile
 
-OPTIONS = {"method": "adaspa", "lowering": "eager", "min_tokens": 1, "dense_layers": 0, "block_size": 16}
+OPTIONS = {
+    "method": "adaspa",
+    "lowering": "eager",
+    "min_tokens": 1,
+    "dense_layers": 0,
+    "block_size": 16,
+    "monitor": False,  # the schedule alone
+}
 WHOLE_RUN = ["dense"] * 9 + ["search"] + ["sparse"] * 19 + ["refine"] + ["sparse"] * 20
 
 

@@ -38,6 +38,7 @@ SITE_KEYS = [
     "ordinal",
 ]
 STEP_KEYS = ["step", "branch", "phase", "density", "kept_mass", "non_finite", "density_run", "sparse_calls"]
+STEP_KEYS += ["planned_mass", "at_floor", "at_ceiling", "note"]
 HEAD_KEYS = ["layer", "ordinal", "branch", "density", "kept_mass"]
 
 
@@ -53,7 +54,7 @@ def test_the_report_as_data_has_this_schema() -> None:
     counts, means = ["compilations", "other_compilations"], ["density", "density_run", "kept_mass"]
     assert list(data) == ["sites", *counts, *means, "generations", "heads", "warnings"]
     assert [list(site) for site in data["sites"]] == [SITE_KEYS] * 2
-    assert [list(generation) for generation in data["generations"]] == [["steps", *means]]
+    assert [list(generation) for generation in data["generations"]] == [["steps", *means, "at_floor", "at_ceiling"]]
     assert [list(step) for step in data["generations"][0]["steps"]] == [STEP_KEYS] * 8
     assert type(data["compilations"]) is int
     assert [list(heads) for heads in data["heads"]] == [HEAD_KEYS] * 4
