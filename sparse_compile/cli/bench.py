@@ -51,8 +51,8 @@ def _add_report(subjects: Commands) -> None:
     report = subjects.add_parser(
         "report",
         help="write one page about the methods: clips, layers, heads, plans, single calls",
-        description="Generate the same videos densely and with each method, judge single attention calls, and write one "
-        "HTML page that holds everything itself. Exit code 1: a method made nothing sparse.",
+        description="Generate the same videos densely and with each method, judge single attention calls, and write "
+        "one HTML page that holds everything itself. Exit code 1: a method made nothing sparse.",
     )
     report.add_argument("--out", default="report.html", metavar="FILE", help="the page (default: report.html)")
     report.add_argument(

@@ -60,7 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
     console = Console()
     chosen = demo_runs(dict(arguments.options))
     for options in chosen.values():
-        _check_method(Config.from_options(options), arguments.steps)
+        check_method(Config.from_options(options), arguments.steps)
     size = VideoSize(*map(int, arguments.size.split("x")))
     scenes = demo_scenes(arguments.prompts, arguments.seed + 1000)
 
@@ -80,7 +80,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def _check_method(config: Config, steps: int) -> None:
+def check_method(config: Config, steps: int) -> None:
     """Refuse what would fail only after the dense videos: an unknown method, or steps that the run does not have.
 
     Raises:

@@ -12,7 +12,7 @@ from sparse_compile.cli import bench
 from sparse_compile.cli.arguments import SIZES, key_value, positive
 from sparse_compile.errors import SparseAttentionError
 
-DEMO_MODULES = ("diffusers", "transformers", "ftfy", "rich", "PIL", "numpy", "matplotlib")
+DEMO_MODULES = ("diffusers", "transformers", "ftfy", "rich", "PIL", "numpy", "matplotlib", "jinja2")
 """What the extra ``demo`` installs, by import name."""
 
 

@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparse_compile.evaluation.plots import COLOUR_MAP, LIGHT, SCREEN_DPI, WIDTH, Theme, dressed, new_figure
+from sparse_compile.evaluation.plots import COLOUR_MAP, LIGHT, Theme, dressed, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+WIDTH, HEIGHT = 4.2, 3.7
+"""Inches of one map, its colours included."""
 MOST_CELLS = 400
 """Cells a side of a picture; longer sequences are averaged over squares of tokens."""
 DECADES = 4
@@ -34,17 +36,17 @@ def pair_maps(maps: Sequence[PairMap], tokens_per_frame: int, title: str = "", t
     """Draw maps of the same tokens side by side, in the order in which the model has them, with borders of frames."""
     from matplotlib.colors import LogNorm, Normalize
 
-    figure = new_figure(WIDTH * 0.88 + (0.3 if title else 0), theme, WIDTH * len(maps))
+    figure = new_figure(HEIGHT + (0.3 if title else 0), theme, WIDTH * len(maps))
     if title:
         figure.suptitle(title)
     for number, (axes, shown) in enumerate(zip(figure.subplots(1, len(maps), squeeze=False)[0], maps, strict=True)):
         tokens_q, tokens_k = shown.values.shape
         cells = _averaged(shown.values)
         norm: Normalize = Normalize(0, 1)
-        label = "share of kept pairs (0 = skipped, 1 = kept)"
+        label = "kept (1) or skipped (0)"
         if shown.is_attention:
             top = float(cells.max())
-            norm, label = LogNorm(top * 10.0**-DECADES, top, clip=True), "attention of query to key (logarithmic)"
+            norm, label = LogNorm(top * 10.0**-DECADES, top, clip=True), "share of attention (log)"
         picture = axes.imshow(
             cells.numpy(), norm=norm, cmap=COLOUR_MAP, interpolation="nearest", extent=(0, tokens_k, tokens_q, 0)
         )
@@ -58,11 +60,6 @@ def pair_maps(maps: Sequence[PairMap], tokens_per_frame: int, title: str = "", t
         bar = figure.colorbar(picture, ax=axes, pad=0.02, shrink=0.9)
         bar.set_label(label)
     return dressed(figure, theme)
-
-
-def pixels_wide(maps: int) -> int:
-    """How wide a picture of this many maps is on a page."""
-    return round(WIDTH * maps * SCREEN_DPI)
 
 
 def _averaged(values: Tensor) -> Tensor:

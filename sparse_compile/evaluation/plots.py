@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING, NamedTuple
 
+from PIL import Image
+
 from sparse_compile.runtime.call_figures import CallReport
 
 if TYPE_CHECKING:
@@ -32,6 +34,7 @@ MOST_LINES = 10
 MOST_TICKS = 13
 MOST_ANNOTATED = 16
 """Heads up to which each cell holds its number."""
+PNG_COLOURS = 192
 MARKERS = "os^Dv<>Ph*"
 
 
@@ -107,7 +110,7 @@ def kept_mass_by_step(calls: Iterable[CallReport], title: str, theme: Theme = LI
 
 
 def head_maps(maps: Sequence[HeadMap], title: str, theme: Theme = LIGHT) -> Figure:
-    """Heat maps of the same layers and heads side by side, on one scale from 0 to 1."""
+    """Heat maps of the same layers and heads side by side, on one scale from 0 to 1 (what is above looks like 1)."""
     layers = list(maps[0].values)
     names, axis_name = short_names(layers)
     heads = max((len(values) for values in maps[0].values.values()), default=0)
@@ -124,7 +127,7 @@ def head_maps(maps: Sequence[HeadMap], title: str, theme: Theme = LIGHT) -> Figu
             _annotate(axes, rows)
     panels[0].set_ylabel(axis_name)
     bar = figure.colorbar(picture, ax=list(panels), pad=0.02)
-    bar.set_label("share")
+    bar.set_label(" and ".join(shown.title for shown in maps))
     return dressed(figure, theme)
 
 
@@ -170,10 +173,13 @@ def dressed(figure: Figure, theme: Theme) -> Figure:
 
 
 def png_of(figure: Figure, dpi: int = 2 * SCREEN_DPI) -> bytes:
-    """The figure as the bytes of a PNG; twice as fine as a page shows it unless said otherwise."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=dpi, facecolor=figure.get_facecolor())
-    return buffer.getvalue()
+    """The figure as the bytes of a PNG of few colours; twice as fine as a page shows it unless said otherwise."""
+    whole, small = io.BytesIO(), io.BytesIO()
+    figure.savefig(whole, format="png", dpi=dpi, facecolor=figure.get_facecolor())
+    with Image.open(whole) as picture:
+        reduced = picture.convert("RGB").quantize(PNG_COLOURS, dither=Image.Dither.NONE)
+    reduced.save(small, format="PNG", optimize=True)
+    return small.getvalue()
 
 
 def _mean_by_place(calls: Iterable[CallReport], what: str) -> dict[tuple[str, int], float]:

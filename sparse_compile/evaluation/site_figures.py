@@ -12,7 +12,7 @@ Each Plan is made anew by a search in the judged call, as at the first sparse st
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
@@ -64,7 +64,12 @@ class Spread:
 
 
 def site_figures(
-    tapped: Sequence[TappedAttention], options: Mapping[str, object], *, reuse_after: int, kernel: str = "reference"
+    tapped: Sequence[TappedAttention],
+    options: Mapping[str, object],
+    *,
+    reuse_after: int,
+    kernel: str = "reference",
+    on_call: Callable[[], object] | None = None,
 ) -> list[SiteFigures]:
     """Judge a method on every recorded call.
 
@@ -73,41 +78,45 @@ def site_figures(
         options: of the method, as `torch.compile` takes them.
         reuse_after: how many steps later a Plan is judged again, where that step was recorded too.
         kernel: which implementation the ops use.
+        on_call: called when a call is judged.
 
     Raises:
         SparseAttentionError: the method attends by no Plan of ours.
     """
-    return list(_site_figures(tapped, Config.from_options(options), reuse_after, kernel))
-
-
-def _site_figures(
-    tapped: Sequence[TappedAttention], config: Config, reuse_after: int, kernel: str
-) -> Iterator[SiteFigures]:
-    strategy = load_strategy(config.method)
+    config = Config.from_options(options)
     at = {(call.layer, call.branch, call.step): call for call in tapped}
+    rows: list[SiteFigures] = []
     for call in tapped:
-        made = EagerAttention(strategy, config, kernel).searched(call.q, call.k, call.v, call.scale)
-        kept = kept_pairs(made.plan)
-        mass = attention_mass(call.q, call.k, call.scale)
-        dense = mass @ call.v.double()
-        error = made.output.double() - dense
-        later = at.get((call.layer, call.branch, call.step + reuse_after))
-        reused = None if later is None else recall(attention_mass(later.q, later.k, later.scale), kept)
-        columns = {
-            "density": kept.double().mean((2, 3)),
-            "recall": recall(mass, kept),
-            "rel_l1": error.abs().sum((2, 3)) / dense.abs().sum((2, 3)),
-            "rel_l2": error.flatten(2).norm(dim=2) / dense.flatten(2).norm(dim=2),
-        }
-        for head in range(call.q.shape[1]):
-            yield SiteFigures(
-                layer=call.layer,
-                step=call.step,
-                branch=call.branch,
-                head=head,
-                reuse_recall=None if reused is None else float(reused[:, head].mean()),
-                **{name: float(values[:, head].mean()) for name, values in columns.items()},
-            )
+        rows += _of_call(call, at.get((call.layer, call.branch, call.step + reuse_after)), config, kernel)
+        if on_call is not None:
+            on_call()
+    return rows
+
+
+def _of_call(
+    call: TappedAttention, later: TappedAttention | None, config: Config, kernel: str
+) -> Iterator[SiteFigures]:
+    made = EagerAttention(load_strategy(config.method), config, kernel).searched(call.q, call.k, call.v, call.scale)
+    kept = kept_pairs(made.plan)
+    mass = attention_mass(call.q, call.k, call.scale)
+    dense = mass @ call.v.double()
+    error = made.output.double() - dense
+    reused = None if later is None else recall(attention_mass(later.q, later.k, later.scale), kept)
+    columns = {
+        "density": kept.double().mean((2, 3)),
+        "recall": recall(mass, kept),
+        "rel_l1": error.abs().sum((2, 3)) / dense.abs().sum((2, 3)),
+        "rel_l2": error.flatten(2).norm(dim=2) / dense.flatten(2).norm(dim=2),
+    }
+    for head in range(call.q.shape[1]):
+        yield SiteFigures(
+            layer=call.layer,
+            step=call.step,
+            branch=call.branch,
+            head=head,
+            reuse_recall=None if reused is None else float(reused[:, head].mean()),
+            **{name: float(values[:, head].mean()) for name, values in columns.items()},
+        )
 
 
 def summary(figures: Sequence[SiteFigures]) -> dict[str, Spread]:
