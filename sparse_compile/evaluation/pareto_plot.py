@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +14,10 @@ if TYPE_CHECKING:
 
 ENDINGS = (".png", ".svg")
 MARKERS = "osD^vP*X"
-RANDOM_COLOUR, CEILING_COLOUR = "#8a8f98", "#2b2f36"
+LINES = {"none": ":", "pooled": "--", "coupled": "-"}
+INK, FAINT = "#2b2f36", "#8a8f98"
+RANDOM = " rank_by=random"
+"""What the series of a control adds to that of which it is the control."""
 ROOM = 3.0
 """Decibels above the highest point that is no control."""
 
@@ -33,10 +36,10 @@ def draw(rows: Sequence[Row], stem: Path) -> list[Path]:
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     drawn = [row for row in rows if row["density_run"] is not None]
-    _draw_series(axes, [row for row in drawn if control(row["options"]) is None])
-    _draw_random(axes, [row for row in drawn if control(row["options"]) == "random"])
+    colours = _draw_series(axes, [row for row in drawn if control(row["options"]) is None])
+    _draw_random(axes, [row for row in drawn if control(row["options"]) == "random"], colours)
     _draw_ceiling(axes, rows)
-    axes.set_xlabel("density_run: share of the pairs computed over the whole run, dense steps included")
+    axes.set_xlabel("density_run: share of the pairs that the whole run computes")
     axes.set_ylabel("PSNR against dense from the same noise, dB")
     axes.set_title(_title(rows[0]), loc="left", fontsize=10)
     axes.grid(alpha=0.25)
@@ -48,18 +51,30 @@ def draw(rows: Sequence[Row], stem: Path) -> list[Path]:
     return paths
 
 
-def _draw_series(axes: Axes, rows: Sequence[Row]) -> None:
+def _draw_series(axes: Axes, rows: Sequence[Row]) -> dict[str, str]:
+    """One line each; the colour of each series."""
+    colours = {}
     for number, series in enumerate(dict.fromkeys(row["series"] for row in rows)):
-        points = sorted((row["density_run"], row["psnr"]) for row in rows if row["series"] == series)
-        marker = MARKERS[number % len(MARKERS)]
-        axes.plot(*zip(*points, strict=True), f"{marker}-", color=f"C{number % 10}", label=series, markersize=5)
+        own = [row for row in rows if row["series"] == series]
+        colours[series] = f"C{number % 10}"
+        axes.plot(
+            *zip(*sorted((row["density_run"], row["psnr"]) for row in own), strict=True),
+            color=colours[series],
+            marker=MARKERS[number % len(MARKERS)],
+            markersize=5,
+            linestyle=LINES[own[0]["correction"]],
+            label=series,
+        )
+    return colours
 
 
-def _draw_random(axes: Axes, rows: Sequence[Row]) -> None:
+def _draw_random(axes: Axes, rows: Sequence[Row], colours: Mapping[str, str]) -> None:
+    """Crosses, in the colour of the series that they are the control of."""
     for row in rows:
-        point = (row["density_run"], row["psnr"])
-        axes.plot(*point, "x", color=RANDOM_COLOUR, label=f"random plan: {row['method']} {row['correction']}")
-        axes.annotate(f"{row['method']} {row['correction']}", point, (6, -3), textcoords="offset points", fontsize=7)
+        colour = colours.get(row["series"].removesuffix(RANDOM), FAINT)
+        axes.plot(row["density_run"], row["psnr"], "x", color=colour, markersize=7, markeredgewidth=2)
+    if rows:
+        axes.plot([], [], "x", color=FAINT, markersize=7, markeredgewidth=2, label="random plan, in that colour")
 
 
 def _draw_ceiling(axes: Axes, rows: Sequence[Row]) -> None:
@@ -67,7 +82,7 @@ def _draw_ceiling(axes: Axes, rows: Sequence[Row]) -> None:
     ceiling = rows[0]["ceiling"]
     highest = max((row["psnr"] for row in rows if control(row["options"]) != "everything"), default=ceiling)
     if ceiling <= highest + ROOM:
-        axes.axhline(ceiling, color=CEILING_COLOUR, linestyle="--", linewidth=1, label="noise ceiling")
+        axes.axhline(ceiling, color=INK, linestyle="--", linewidth=1, label="noise ceiling")
     else:
         axes.set_ylim(top=highest + ROOM)
         axes.annotate(
@@ -75,11 +90,11 @@ def _draw_ceiling(axes: Axes, rows: Sequence[Row]) -> None:
             (0.01, 0.985),
             xycoords="axes fraction",
             verticalalignment="top",
-            color=CEILING_COLOUR,
+            color=INK,
             fontsize=8,
         )
 
 
 def _title(row: Row) -> str:
     videos = row["videos"] * len(row["seeds"])
-    return f"{videos} videos of {row['size']}, {row['tokens']} tokens, {row['steps']} steps; mean PSNR"
+    return f"Mean PSNR of {videos} videos of {row['size']} pixels ({row['tokens']} tokens), {row['steps']} steps"
