@@ -46,16 +46,19 @@ def _plan_estimated_recall(
         The keep bitmap of a Plan, int32 [B, H, Cq + 2, ceil((Ck + 2) / 32)], and at_bounds float32 [B, H, 2]: the share
         of the clustered queries whose row the floor holds up, and the ceiling holds down.
     """
-    from sparse_compile.kernels.block_map import recall_reference
+    from sparse_compile.kernels.recall_map import reference
 
-    implementation(kernel)
-    wanted = recall_reference.from_target(torch.zeros_like(q_means[:, :, 0, 0]) if asked is None else asked, target)
-    bounds = recall_reference.Bounds(min_density, max_density)
+    wanted = q_means.new_full(q_means.shape[:2], target) if asked is None else reference.from_target(asked, target)
+    bounds = reference.Bounds(min_density, max_density)
     sides = (q_means, k_means, q_offsets, k_offsets, ready, wanted)
-    return recall_reference.plan_estimated_recall(*sides, scale, bounds, rank_by, padded_queries_attend, seed)
+    if implementation(kernel) == "triton":
+        from sparse_compile.kernels.recall_map import triton_launch
+
+        return triton_launch.plan_estimated_recall(*sides, scale, bounds, rank_by, padded_queries_attend, seed)
+    return reference.plan_estimated_recall(*sides, scale, bounds, rank_by, padded_queries_attend, seed)
 
 
-def _plan_estimated_recall_fake(q_means: Tensor, k_means: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+def _plan_estimated_recall_fake(q_means: Tensor, k_means: Tensor, *ignored: object) -> tuple[Tensor, Tensor]:
     b, h, cq, _ = q_means.shape
     words = (k_means.shape[2] + 2 + 31) // 32
     return q_means.new_empty((b, h, cq + 2, words), dtype=torch.int32), q_means.new_empty((b, h, 2))
@@ -100,14 +103,20 @@ def _plan_measured_recall(
     Returns:
         recall float32 [B, H], the share of its mass that a video row keeps, mean over their tokens.
     """
-    from sparse_compile.kernels.block_map import recall_reference
+    from sparse_compile.kernels.recall_map import reference
 
-    implementation(kernel)
-    bounds = recall_reference.Bounds(min_density, max_density)
+    bounds = reference.Bounds(min_density, max_density)
     sides = (mass, q_offsets, q_is_video, k_offsets, k_is_video)
-    kept, recall, held = recall_reference.plan_measured_recall(
-        *sides, target, bounds, rank_by, padded_queries_attend, seed
-    )
+    if implementation(kernel) == "triton":
+        from sparse_compile.kernels.recall_map import triton_launch
+
+        kept, recall, held = triton_launch.plan_measured_recall(
+            *sides, target, bounds, rank_by, padded_queries_attend, seed
+        )
+    else:
+        kept, recall, held = reference.plan_measured_recall(
+            *sides, target, bounds, rank_by, padded_queries_attend, seed
+        )
     keep.copy_(kept)
     at_bounds.copy_(held)
     ready.fill_(1)
@@ -127,10 +136,10 @@ def _calibrate_recall(measured: Tensor, target: float, asked: Tensor, kernel: st
         asked: float32 [B, H], what was asked; set to what to ask next. 0 stands for the target.
         kernel: which implementation.
     """
-    from sparse_compile.kernels.block_map import recall_reference
+    from sparse_compile.kernels.recall_map import reference
 
     implementation(kernel)
-    recall_reference.calibrate(measured, target, asked)
+    reference.calibrate(measured, target, asked)
 
 
 def _calibrate_recall_fake(measured: Tensor, target: float, asked: Tensor, kernel: str) -> None:
@@ -160,10 +169,10 @@ def _keep_weak_heads_whole(
     Returns:
         recall float32 [B, H], 1 for the heads that were put back.
     """
-    from sparse_compile.kernels.block_map import recall_reference
+    from sparse_compile.kernels.recall_map import reference
 
     implementation(kernel)
-    kept, lifted = recall_reference.keep_weak_heads_whole(
+    kept, lifted = reference.keep_weak_heads_whole(
         keep, recall, q_offsets, k_offsets, min_recall, padded_queries_attend
     )
     keep.copy_(kept)

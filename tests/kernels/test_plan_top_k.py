@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from block_axes import Axis, axis, random_mass
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_oracles import IMPLEMENTATIONS, OPS, assert_same_bits, packed
@@ -20,26 +21,6 @@ few = settings(max_examples=25, deadline=None, derandomize=True)
 seeds = st.integers(0, 2**31)
 kinds_of_blocks = st.text("vvvt", min_size=1, max_size=40)
 rules = pytest.mark.parametrize("rule", ["off", "paper", "guarded"])
-
-
-class Axis(NamedTuple):
-    """The blocks of one side: int32 [B, H, G + 1] and bool [G]."""
-
-    offsets: Tensor
-    is_video: Tensor
-
-    @property
-    def alive(self) -> Tensor:
-        """Blocks with tokens, bool [B, G]; padding is none."""
-        return torch.nn.functional.pad(self.offsets[:, 0, :-1].diff() > 0, (0, 1))
-
-
-def axis(kinds, sizes=None, *, heads=1, padding=0):
-    """Blocks of the kinds v (video) and t (text), and padding; ``sizes`` are one list for each batch item."""
-    items = [sizes or [4] * len(kinds)] if not sizes or isinstance(sizes[0], int) else sizes
-    offsets = torch.tensor([[0, *own, padding] for own in items]).cumsum(-1).int()
-    is_video = torch.tensor([kind == "v" for kind in kinds] + [False])
-    return Axis(offsets.unsqueeze(1).repeat(1, heads, 1), is_video)
 
 
 class Chosen(NamedTuple):
@@ -56,13 +37,6 @@ def choose(mass, query, key, *, sparsity=0.8, rule="off", rank_by="mass", padded
     )
     assert (keep.dtype, recall.dtype, counts.dtype) == (torch.int32, torch.float32, torch.int32)
     return Chosen(unpack_bits(keep, mass.shape[-1]), recall, counts)
-
-
-def random_mass(query, key, *, heads=1, seed=0, contrast=2.0):
-    """Positive mass where there are tokens, 0 elsewhere: float32 [B, H, Gq, Gk]."""
-    shape = (query.offsets.shape[0], heads, query.is_video.numel(), key.is_video.numel())
-    mass = (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * contrast).exp()
-    return mass * query.alive[:, None, :, None] * key.alive[:, None, None, :]
 
 
 def with_recalls(shares, tops):

@@ -69,7 +69,7 @@ def plan_top_p(
     minimum = 1
     scores = log_sizes = bounds = unread
     if scored:
-        scores = _scores(q_means, k_means, scale, score_config)
+        scores = mean_scores(q_means, k_means, scale, score_config)
         log_sizes = sizes.clamp(min=1).double().log().float()
     if rule == "top_p":
         minimum = max(1, reference.smallest_count(min_kept, keys))
@@ -94,7 +94,7 @@ def plan_top_p(
         keys,
         top_p,
         minimum,
-        *_seed_words(seed),
+        *seed_words(seed),
         RULE=rule,
         RANK_BY=rank_by,
         SCORED=scored,
@@ -189,7 +189,7 @@ def _at_all_budgets(
         heads,
         rows,
         groups,
-        *_seed_words(seed),
+        *seed_words(seed),
         RANK_BY=rank_by,
         PADDED_ATTEND=padded_queries_attend,
         LEVELS=LEVELS,
@@ -216,7 +216,7 @@ def _at_all_budgets(
     return maps, recall
 
 
-def _scores(q_means: Tensor, k_means: Tensor, scale: float, config: ScoreConfig | None) -> Tensor:
+def mean_scores(q_means: Tensor, k_means: Tensor, scale: float, config: ScoreConfig | None) -> Tensor:
     """Scaled products of means [B, H, Cq, D] and [B, Hkv, Ck, D]: float32 [B, H, Cq, Ck]."""
     batches, heads, queries, size = q_means.shape
     keys = k_means.shape[2]
@@ -245,7 +245,7 @@ def _scores(q_means: Tensor, k_means: Tensor, scale: float, config: ScoreConfig 
     return scores
 
 
-def _seed_words(seed: int) -> tuple[int, int]:
+def seed_words(seed: int) -> tuple[int, int]:
     """The two halves of a seed, each as a signed number of 32 bits: one type whatever the seed."""
     low, high = seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF
     return (low ^ 0x80000000) - 0x80000000, (high ^ 0x80000000) - 0x80000000

@@ -72,7 +72,7 @@ def plan_estimated_recall(
             similarity = scores(q_means[batch, head], k_means[batch, key_head], scale)
             mass = log_mass(similarity, sizes)
             rank = ranking(rank_by, similarity, mass, seed, head)
-            covered = cover(shares(mass), rank, sizes > 0, sizes, asked[batch, head].double(), bounds)
+            covered = cover(shares(mass), rank, sizes > 0, sizes, 0, asked[batch, head].double(), bounds)
             at_bounds.append(held_shares(covered, q_offsets[batch, head].diff()[:-2]))
             with_text = torch.nn.functional.pad(covered.kept, (0, 1), value=True)
             maps.append(pack_bits(torch.nn.functional.pad(with_text, (0, 1, 0, 2))))
@@ -113,7 +113,7 @@ def plan_measured_recall(
             rank = ranking(rank_by, exact / sizes.clamp(min=1), exact, seed, head)
             total = exact.sum(-1, keepdim=True)
             text = torch.where(k_is_video, 0, exact).sum(-1, keepdim=True)
-            covered = cover(exact, rank, candidates, sizes, target * total - text, bounds)
+            covered = cover(exact, rank, candidates, sizes, text, target * total, bounds)
             held = held_shares(covered, torch.where(rows.squeeze(1), row_sizes, 0))
             kept = covered.kept | ~k_is_video | unreached(held)
             recalls.append(kept_share(shares_of_all(torch.where(rows, exact, 0), row_sizes), kept))
@@ -126,16 +126,19 @@ def plan_measured_recall(
     return keep, torch.stack(recalls).view(heads).float(), torch.stack(at_bounds).view(*heads, 2)
 
 
-def cover(mass: Tensor, rank: Tensor, candidates: Tensor, sizes: Tensor, needed: Tensor, bounds: Bounds) -> Covered:
-    """Keep candidates, highest rank first, until their mass reaches what is needed; within bounds on their keys.
+def cover(
+    mass: Tensor, rank: Tensor, candidates: Tensor, sizes: Tensor, sure: Tensor | int, needed: Tensor, bounds: Bounds
+) -> Covered:
+    """Keep candidates, highest rank first, until with what is sure they hold the mass that is needed; within bounds.
 
-    A bound is met as closely as whole groups allow; one group is always kept. Ties go to the lower group.
-    Shapes: mass and rank [R, G]; candidates bool and sizes int32 [G]; needed [R, 1] or [].
+    A bound on the keys is met as closely as whole groups allow; one group is always kept. Ties go to the lower group.
+    NaN is never enough: a row whose mass cannot be told keeps what the ceiling allows.
+    Shapes: mass and rank [R, G]; candidates bool and sizes int32 [G]; sure and needed [R, 1] or [].
     """
     order = torch.where(candidates, rank, -math.inf).argsort(dim=-1, descending=True, stable=True)
     weighed = torch.where(candidates, mass, 0).gather(-1, order)
     keys = torch.where(candidates, sizes, 0).expand_as(order).gather(-1, order).double()
-    wanted = exclusive_sum(weighed) < needed
+    wanted = ~(sure + exclusive_sum(weighed) >= needed)
     middle = exclusive_sum(keys) + keys / 2
     all_keys = keys.sum(-1, keepdim=True)
     first = torch.arange(order.shape[1], device=order.device) == 0
@@ -149,7 +152,7 @@ def cover(mass: Tensor, rank: Tensor, candidates: Tensor, sizes: Tensor, needed:
 def held_shares(covered: Covered, tokens: Tensor) -> Tensor:
     """The shares of the queries that the floor and the ceiling hold, float32 [2]. Shapes: tokens int32 [R]."""
     held = torch.stack([covered.held_up, covered.held_down])
-    return (torch.where(held, tokens, 0).sum(-1) / tokens.sum().clamp(min=1)).float()
+    return (torch.where(held, tokens, 0).sum(-1).double() / tokens.sum().clamp(min=1)).float()
 
 
 def unreached(at_bounds: Tensor) -> Tensor:
