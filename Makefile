@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help venv demo test test-slow sanitize lint options-table torch-versions
+.PHONY: help venv demo test test-slow sanitize lint options-table quality-tables torch-versions
 
 help:
 	@echo "make demo            generate small videos, dense and sparse, and compare them"
@@ -16,6 +16,7 @@ help:
 	@echo "make sanitize        the tests of the C++ kernels, compiled with AddressSanitizer and UBSan"
 	@echo "make lint            ruff and mypy"
 	@echo "make options-table   write the options table into README.md"
+	@echo "make quality-tables  write figures of quality into README.md and docs, from benchmarks/results"
 	@echo "make torch-versions  the quick tests under each of TORCH_VERSIONS ($(TORCH_VERSIONS))"
 	@echo "make venv            only make .venv"
 
@@ -53,6 +54,9 @@ lint: $(STAMP)
 
 options-table: $(STAMP)
 	$(BIN)/python -m sparse_compile.cli.options_table --write README.md
+
+quality-tables: $(STAMP)
+	$(BIN)/python -m benchmarks.quality_tables --write
 
 torch-versions:
 	set -e; for version in $(TORCH_VERSIONS); do \
