@@ -14,8 +14,9 @@ To first order the error of a pooled pair is P_ij u_ij w_j times the correlation
     options = {"method": "sparse_compile.evaluation.error_budget:ErrorBudget", "density": 0.25}
 
 The budget is ``density``, a share of the keys of each row, as in SVG2; or, with ``top_p``, a row keeps pairs until the
-sum of its other e_ij is at most (1 - top_p) of the spread of all values of the head. ``rank_by`` and ``min_kept`` have
-no effect. The other options are those of SVG2.
+sum of its other e_ij is at most (1 - top_p) of the spread of all values of the head: an error in units of the output,
+since a share of the row's own errors would spend as much on rows that have next to none. ``rank_by`` and ``min_kept``
+have no effect. The other options are those of SVG2.
 """
 
 from __future__ import annotations
