@@ -25,6 +25,8 @@ from sparse_compile.kernels.kmeans import triton_launch as clusters
 from sparse_compile.kernels.launching import Device
 from sparse_compile.kernels.pooled_keys import configs as pooled_configs
 from sparse_compile.kernels.pooled_keys import triton_launch as pooled
+from sparse_compile.kernels.recall_map import triton_launch as recall
+from sparse_compile.kernels.recall_map.reference import Bounds
 from sparse_compile.plan import Groups, Plan, PooledKeys
 
 BATCH, HEADS, TOKENS, BLOCK = 1, 12, 32_760, 64
@@ -67,7 +69,7 @@ def shipped(device: Device, dtype: torch.dtype, size: int) -> Iterator[Shipped]:
 
 
 def _planning(device: Device, q: Tensor, k: Tensor, dtype: torch.dtype, size: int) -> Iterator[Shipped]:
-    """k-means with its sorts, and both planners."""
+    """k-means with its sorts, and the planners of both methods."""
     ready, span = _tensor(1, dtype=torch.int32), [0, TOKENS - 512]
     centroids = (_tensor(HEADS, Q_CLUSTERS, size, dtype=dtype), _tensor(HEADS, K_CLUSTERS, size, dtype=dtype))
     for assign in kmeans_configs.assign_candidates(device, dtype, size):
@@ -83,6 +85,11 @@ def _planning(device: Device, q: Tensor, k: Tensor, dtype: torch.dtype, size: in
     video = _tensor(groups, dtype=torch.bool).squeeze(0)
     top_k = (_tensor(HEADS, groups, groups), blocks.q_offsets, video, blocks.k_offsets, video)
     yield Shipped("block_map", "top k", (), functools.partial(plans.plan_top_k, *top_k, 0.8, "paper", "mass", True, 0))
+    asked, rest = _tensor(HEADS), (Bounds(0.02, 1.0), "mass", True, 0)
+    estimated = (*means, ragged.q_offsets, ragged.k_offsets, ready, asked, SCALE, *rest)
+    yield Shipped("recall_map", "estimated recall", (), functools.partial(recall.plan_estimated_recall, *estimated))
+    measured = functools.partial(recall.plan_measured_recall, *top_k, 0.9, *rest)
+    yield Shipped("recall_map", "measured recall", (), measured)
 
 
 def _measuring(device: Device, q: Tensor, k: Tensor, v: Tensor, dtype: torch.dtype, size: int) -> Iterator[Shipped]:

@@ -131,7 +131,8 @@ def _calibrate_recall(measured: Tensor, target: float, asked: Tensor, kernel: st
     """Adapt what is asked of the estimate to the mass that was kept, for the next plan (docs/svg2.md, section 6).
 
     Args:
-        measured: float32 [B, H], from `kept_mass`; NaN where it was not measured.
+        measured: float32 [B, H], from `kept_mass`; NaN where it was not measured, 1 where everything was kept: nothing
+            is learnt of either.
         target: mass to keep, in (0, 1).
         asked: float32 [B, H], what was asked; set to what to ask next. 0 stands for the target.
         kernel: which implementation.

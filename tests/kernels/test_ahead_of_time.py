@@ -25,12 +25,15 @@ def test_whatever_ships_compiles_and_keeps_the_rules() -> None:
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_a_call_compiles_what_it_would_launch(architecture: int) -> None:
-    """One kernel that is quick to compile, whatever the repository holds."""
+@pytest.mark.parametrize(
+    ("problem", "architecture"),
+    [*(("top k", architecture) for architecture in ARCHITECTURES), ("estimated recall", 80), ("measured recall", 120)],
+)
+def test_a_call_compiles_what_it_would_launch(problem: str, architecture: int) -> None:
+    """Kernels that are quick to compile, whatever the repository holds."""
     calls = {call.problem: call for call in shipped(ARCHITECTURES[architecture], torch.bfloat16, 64)}
     with compiled_ahead(architecture) as compilations:
-        calls["top k"].run()
+        calls[problem].run()
     assert compilations
     for made in compilations:
         assert made.compiled.metadata.target.arch == architecture
@@ -60,5 +63,6 @@ def test_every_table_has_a_row_for_every_gpu_dtype_and_head_size() -> None:
             for size in (8, 40, 64, 72, 96, 128, 160, 256):
                 kernels = {call.kernel for call in shipped(device, dtype, size)}
                 assert kernels == {
-                    "block_sparse_attention", "kmeans", "block_map", "block_mass", "pooled_keys", "kept_mass"
+                    "block_sparse_attention", "kmeans", "block_map", "recall_map",
+                    "block_mass", "pooled_keys", "kept_mass",
                 }  # fmt: skip

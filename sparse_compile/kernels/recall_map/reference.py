@@ -24,6 +24,8 @@ REACH = 3.0
 """How far, in logits, calibration may ask for more or less than the target."""
 CERTAIN = 1e-4
 """Kept mass is taken to lie this far within (0, 1), where logits are finite."""
+EVERYTHING = 1 - 1e-6
+"""From here on kept mass is that of a head that attends to everything, up to the rounding of float32."""
 
 
 class Bounds(NamedTuple):
@@ -163,15 +165,16 @@ def unreached(at_bounds: Tensor) -> Tensor:
 def calibrate(measured: Tensor, target: float, asked: Tensor) -> None:
     """Ask more of the estimate where less than the target was kept, and less where more was. In place.
 
-    The odds of what is asked are multiplied by the odds of the target over those of what was measured. Where nothing
-    could be measured nothing changes.
+    The odds of what is asked are multiplied by the odds of the target over those of what was measured. Nothing changes
+    where nothing could be measured, or where everything was kept: a head that is out of reach, or whose state was not
+    ready, says nothing of its estimate; asked for less, it would fall below its target, and be out of reach again.
 
     Shapes: measured and asked float32 [B, H]; an ``asked`` of 0 has not been calibrated yet and stands for the target.
     """
     goal = math.log(target) - math.log1p(-target)
     odds = torch.logit(from_target(asked, target).double()) + goal - torch.logit(measured.double(), eps=CERTAIN)
     renewed = torch.sigmoid(odds.clamp(goal - REACH, goal + REACH))
-    asked.copy_(torch.where(measured.isfinite(), renewed, from_target(asked, target)))
+    asked.copy_(torch.where(measured < EVERYTHING, renewed, from_target(asked, target)))
 
 
 def from_target(asked: Tensor, target: float) -> Tensor:
