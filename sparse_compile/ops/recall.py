@@ -24,7 +24,7 @@ def _plan_estimated_recall(
     seed: int,
     kernel: str,
 ) -> tuple[Tensor, Tensor]:
-    """Keep key clusters until the mass that their means tell reaches what is asked (docs/svg2.md, section 6).
+    """Keep key clusters until the mass that their means tell reaches what is asked (docs/svg2.md, section 7).
 
     Args:
         q_means: float32 [B, H, Cq, D].
@@ -81,7 +81,7 @@ def _plan_measured_recall(
     seed: int,
     kernel: str,
 ) -> Tensor:
-    """Keep key blocks until each row holds the target share of its mass, and file them (docs/adaspa.md, section 13).
+    """Keep key blocks until each row holds the target share of its mass, and file them (docs/adaspa.md, section 13.1).
 
     Args:
         mass: float32 [B, H, Gq, Gk], from `block_mass`.
@@ -128,7 +128,7 @@ def _plan_measured_recall_fake(mass: Tensor, *_: object) -> Tensor:
 
 
 def _calibrate_recall(measured: Tensor, target: float, asked: Tensor, kernel: str) -> None:
-    """Adapt what is asked of the estimate to the mass that was kept, for the next plan (docs/svg2.md, section 6).
+    """Adapt what is asked of the estimate to the mass that was kept, for the next plan (docs/svg2.md, section 7).
 
     Args:
         measured: float32 [B, H], from `kept_mass`; NaN where it was not measured, 1 where everything was kept: nothing
@@ -156,7 +156,7 @@ def _keep_weak_heads_whole(
     padded_queries_attend: bool,
     kernel: str,
 ) -> Tensor:
-    """Put heads back to dense whose plan keeps too little (docs/adaspa.md, section 13).
+    """Put heads back to dense whose plan keeps too little (docs/adaspa.md, section 13.1).
 
     Args:
         recall: float32 [B, H], the mass that the plan keeps.

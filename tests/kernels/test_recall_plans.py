@@ -1,4 +1,4 @@
-"""Plans that keep a share of the mass of each row (docs/svg2.md, section 7, and docs/adaspa.md, section 13)."""
+"""Plans that keep a share of the mass of each row (docs/svg2.md, section 7, and docs/adaspa.md, section 13.1)."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Budgets that follow the content: each row keeps key groups until a share of its mass is covered.
 
-The mass is an estimate from means (SVG2, docs/svg2.md section 6) or measured (AdaSpa, docs/adaspa.md section 13). Plain
-torch on any device; nothing is read on the host, and a batch equals its items bit for bit.
+The mass is an estimate from means (SVG2, docs/svg2.md, section 7) or measured (AdaSpa, docs/adaspa.md, section 13.1).
+Plain torch on any device; nothing is read on the host, and a batch equals its items bit for bit.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def plan_estimated_recall(
 ) -> tuple[Tensor, Tensor]:
     """Keep key clusters until their estimated share of the softmax mass reaches what is asked of their head.
 
-    Source: the mass of SVG2 (arXiv 2505.18875); the budget is docs/adaspa.md, section 13.
+    Source: docs/svg2.md, section 7; the mass is that of SVG2 (arXiv 2505.18875).
     Shapes: q_means float32 [B, H, Cq, D]; k_means float32 [B, Hkv, Ck, D]; q_offsets int32 [B, H, Cq + 3]; k_offsets
         int32 [B, Hkv, Ck + 3]; ready int32 [1]; asked float32 [B, H].
     Returns: keep int32 [B, H, Cq + 2, ceil((Ck + 2) / 32)]; at_bounds float32 [B, H, 2], the share of the clustered
@@ -99,7 +99,7 @@ def plan_measured_recall(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Keep video blocks until a row, its text included, holds the target share of its mass.
 
-    Source: docs/adaspa.md, section 13 (not in arXiv 2502.21079).
+    Source: docs/adaspa.md, section 13.1 (not in arXiv 2502.21079).
     Shapes: as in `top_k_reference.plan_top_k`.
     Returns: keep int32 [B, H, Gq, ceil(Gk / 32)]; recall float32 [B, H], the share of its mass that a video row keeps,
         mean over the tokens; at_bounds float32 [B, H, 2], as in `plan_estimated_recall`.
