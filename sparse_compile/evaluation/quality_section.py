@@ -13,7 +13,7 @@ from sparse_compile.evaluation.results import Row
 from sparse_compile.evaluation.tables import FIGURES, TARGETS_DB, Column, cheapest
 
 PLOT_SCALE = 0.75
-NEEDED = ("label", "series", "options", "dense_steps", "density_run", "psnr", "ceiling")
+NEEDED = ("videos", "seeds", "label", "series", "options", "dense_steps", "density_run", "psnr", "ceiling")
 """What a row of a sweep has."""
 
 
