@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from sparse_compile.errors import SparseAttentionError
 from sparse_compile.evaluation import grids, pareto_plot, tables
 from sparse_compile.evaluation.demo_model import VideoSize
-from sparse_compile.evaluation.grids import Configuration
+from sparse_compile.evaluation.grids import Configuration, control
 from sparse_compile.evaluation.protocol import OnStep, Protocol
 from sparse_compile.evaluation.reference import dense_reference
 from sparse_compile.evaluation.results import ResultsFile, Row
@@ -49,6 +49,9 @@ def run(arguments: argparse.Namespace) -> int:
     recompiled = [row["label"] for row in rows if row["recompilations"]]
     for label in recompiled:
         console.print(f"Compiled again after the first generation: {label}", style="bold red")
+    for row in rows:
+        if control(row["options"]) == "everything" and not row["lossless"]:
+            console.print(f"Everything kept, and not dense: {row['label']}, {row['psnr']:.1f} dB", style="bold red")
     return 1 if recompiled else 0
 
 

@@ -74,6 +74,7 @@ def row(protocol, configuration, grid, recompilations):
         "dense_steps": 0.2,
         "options": dict(options),
         "recompilations": recompilations,
+        "lossless": options["method"] == "svg2",
     }
 
 
@@ -84,6 +85,7 @@ def test_the_command_writes_rows_a_table_and_a_plot(sweep, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert table in printed and "Noise ceiling (dense eager against dense compiled): 120.0 dB" in printed
     assert [(grid, protocol.seeds) for grid, protocol in sweep] == [("quick", (0,))]
+    assert "not dense: adaspa coupled sparsity=0, 30.0 dB" in printed and "not dense: svg2" not in printed
 
 
 def test_it_fails_when_something_was_compiled_again_and_names_it(sweep, tmp_path, capsys):

@@ -104,7 +104,7 @@ def test_a_row_has_figures_over_all_videos_and_the_whole_context(model, results)
     assert (row["dense_steps"], row["dense_layers"], row["ceiling"]) == (0.2, 0, 120)
     assert row["options"]["density"] == 0.5 and row["options"]["k_clusters"] == 72
     assert row["warnings"] == ["nearly uniform"]
-    assert {"revision", "torch", "threads", "dtype", "steps", "guidance", "seconds", "compile", "checkpoint"} <= set(
+    assert {"revision", "torch", "threads", "dtype", "steps", "guidance", "seconds", "cpu_seconds", "compile"} <= set(
         row
     )
 
