@@ -29,10 +29,10 @@ from sparse_compile.evaluation.results import ResultsFile, checkpoint_digest, ke
 COMPILE: Mapping[str, object] = {"lowering": "eager"}
 """How configurations are compiled, unless they say otherwise: the same graphs and kernels without Inductor's code.
 
-The least work for three generations: in CPU seconds on a busy machine, 75 for SVG2 against 148 with Inductor, which takes
-90 for its three graphs and 19 instead of 21 a generation. SVG2 coupled at a quarter of the pairs, all twelve videos: both
-ways agree to 48 dB or more, eight videos to 120 dB (where they differ, rounding decided what is kept), and the mean PSNR
-against dense is 34.990 dB with Inductor and 34.992 dB so.
+The least work for three generations: in CPU seconds on a busy machine, 75 for SVG2 against 148 with Inductor, which
+takes 90 for its three graphs and 19 instead of 21 a generation. SVG2 coupled at a quarter of the pairs, all twelve
+videos: both ways agree to 48 dB or more, eight videos to 120 dB (where they differ, rounding decided what is kept), and
+the mean PSNR against dense is 34.990 dB with Inductor and 34.992 dB so.
 """
 LOSSLESS_WITHIN = 1.0
 """Decibels below the noise ceiling in which a result cannot be told from dense."""
