@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from PIL import Image
 
@@ -49,8 +49,8 @@ class Part:
     warnings: Sequence[str] = ()
     tables: Sequence[DataTable] = ()
     pictures: Sequence[Picture] = ()
-    small: bool = False
-    """Pictures stand three in a row where there is room."""
+    columns: Literal[1, 2, 3] = 2
+    """How many pictures stand in a row where there is room."""
     details: Sequence[DataTable] = ()
     """Tables that are folded away."""
 

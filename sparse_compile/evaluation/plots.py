@@ -27,8 +27,6 @@ SCREEN_DPI = 100
 FONT_SIZE = 10
 COLOUR_MAP = "viridis"
 """Even in lightness, so that it reads without colour vision and in grey."""
-LINE_COLOURS = (0.0, 0.88)
-"""The part of the map that lines use: what is brighter vanishes on white."""
 MOST_LINES = 10
 """Layers up to which each line has a name and a marker; of more, a colour bar tells the depth."""
 MOST_TICKS = 13
@@ -45,10 +43,12 @@ class Theme:
     ink: str
     paper: str
     rule: str
+    lines: tuple[float, float]
+    """The part of the colour map that lines use, first layer to last: what stands out from the paper."""
 
 
-LIGHT = Theme(ink="#20242a", paper="#ffffff", rule="#d8d9d6")
-DARK = Theme(ink="#e6e7e3", paper="#1d2025", rule="#44484f")
+LIGHT = Theme(ink="#20242a", paper="#ffffff", rule="#d8d9d6", lines=(0.0, 0.88))
+DARK = Theme(ink="#e6e7e3", paper="#1d2025", rule="#44484f", lines=(1.0, 0.35))
 
 
 class HeadMap(NamedTuple):
@@ -87,15 +87,13 @@ def kept_mass_by_step(calls: Iterable[CallReport], title: str, theme: Theme = LI
     layers = list(dict.fromkeys(layer for layer, _ in by_place))
     names, axis_name = short_names(layers)
     colours = matplotlib.colormaps[COLOUR_MAP]
-    low, high = LINE_COLOURS
+    first, last = theme.lines
     named = len(layers) <= MOST_LINES
     figure = new_figure(3.4, theme)
     axes = figure.subplots()
     for number, (layer, name) in enumerate(zip(layers, names, strict=True)):
         points = sorted((step, mass) for (of, step), mass in by_place.items() if of == layer)
-        shade = low + (high - low) * number / max(1, len(layers) - 1)
-        if theme is DARK:
-            shade = 1 - shade  # the dark end of the map vanishes on black
+        shade = first + (last - first) * number / max(1, len(layers) - 1)
         marker = MARKERS[number % len(MARKERS)] if named else ""
         axes.plot(*zip(*points, strict=True), color=colours(shade), marker=marker, markersize=5, label=name)
     axes.set_title(title)

@@ -12,7 +12,7 @@ from sparse_compile.evaluation.pareto_plot import draw
 from sparse_compile.evaluation.results import Row
 from sparse_compile.evaluation.tables import FIGURES, TARGETS_DB, Column, cheapest
 
-PLOT_SCALE = 0.75
+PLOT_SCALE = 0.8
 NEEDED = ("videos", "seeds", "label", "series", "options", "dense_steps", "density_run", "psnr", "ceiling")
 """What a row of a sweep has."""
 
@@ -61,7 +61,7 @@ def _plot(rows: Sequence[Row], measured: Sequence[Row]) -> Part:
             f"PSNR over density_run, {len({row['series'] for row in measured})} series. The numbers are in the tables "
             "below."
         )
-        return Part(pictures=[from_file(picture, alt, scale=PLOT_SCALE)])
+        return Part(pictures=[from_file(picture, alt, scale=PLOT_SCALE)], columns=1)
 
 
 def _table(caption: str, columns: Sequence[Column], rows: Sequence[Row]) -> DataTable:

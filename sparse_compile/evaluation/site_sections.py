@@ -25,7 +25,7 @@ def plans_section(judged: Sequence[JudgedHead], tokens_per_frame: int) -> Sectio
     )
     names = ("Most to gain", "Least to gain")
     parts = [
-        Part(title=f"{name}: {head}", pictures=head_pictures(head, tokens_per_frame), small=True)
+        Part(title=f"{name}: {head}", pictures=head_pictures(head, tokens_per_frame), columns=3)
         for name, head in zip(names, judged, strict=False)
     ]
     return Section("Plans", text, parts)
