@@ -128,15 +128,15 @@ def pareto() -> list[Configuration]:
     fixed = [
         at_density(method, density, correction=correction)
         for correction in corrected
-        for method in BUILT_IN_METHODS
         for density in DENSITIES
+        for method in BUILT_IN_METHODS
     ]
     native = [configuration("svg2", {"top_p": top_p}, correction="none") for top_p in TOP_P]
     return [*controls(corrected), *fixed, *native]
 
 
 def selection() -> list[Configuration]:
-    """What is kept, at equal density: budgets and orders of SVG2, trades and block sizes of AdaSpa."""
+    """What is kept, at equal density: budgets and orders of SVG2; trades, block sizes and the monitor of AdaSpa."""
     measured = []
     for density in TWO_DENSITIES:
         for correction in ("coupled", "none"):
@@ -151,7 +151,8 @@ def selection() -> list[Configuration]:
         for correction in ("coupled", "none")
         for size in (8, 16, 32)
     ]
-    return [*controls(["coupled", "none"]), *measured, *blocks]
+    alone = at_density("adaspa", QUARTER, monitor=False)
+    return [*measured, *blocks, alone, *controls(["coupled", "none"])]
 
 
 def recall() -> list[Configuration]:

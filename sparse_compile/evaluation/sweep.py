@@ -25,6 +25,7 @@ from sparse_compile.evaluation.grids import Configuration
 from sparse_compile.evaluation.protocol import OnStep, Protocol, Started
 from sparse_compile.evaluation.reference import Reference
 from sparse_compile.evaluation.results import ResultsFile, checkpoint_digest, key_of, options_at_work, provenance
+from sparse_compile.phases import Phase
 
 COMPILE: Mapping[str, object] = {"lowering": "eager"}
 """How configurations are compiled, unless they say otherwise: the same graphs and kernels without Inductor's code.
@@ -36,6 +37,7 @@ the mean PSNR against dense is 34.990 dB with Inductor and 34.992 dB so.
 """
 LOSSLESS_WITHIN = 1.0
 """Decibels below the noise ceiling in which a result cannot be told from dense."""
+SEARCHING = (Phase.SEARCH, Phase.REFINE)
 DENSITY_TOLERANCE = 0.003
 FARTHEST_DENSITY = 0.02
 MOST_PROBES = 8
@@ -56,6 +58,11 @@ class Figures:
     density: float | None
     density_run: float | None
     kept_mass: float | None
+    at_floor: float | None
+    at_ceiling: float | None
+    """Shares of the queries that the bounds of a recall target hold; None without one."""
+    searches: int
+    """Steps of the last generation that made a plan to hold, or k-means from scratch."""
     compilations: int
     recompilations: int
     """Compilations after the first generation; must be 0."""
@@ -190,6 +197,9 @@ def measured(
         density=of_generations("density"),
         density_run=of_generations("density_run"),
         kept_mass=of_generations("kept_mass"),
+        at_floor=of_generations("at_floor"),
+        at_ceiling=of_generations("at_ceiling"),
+        searches=len({step.step for step in report.generations[-1].steps if step.phase in SEARCHING}),
         compilations=report.compilations,
         recompilations=report.compilations - first_compilations,
         generation_seconds=fmean(seconds[1:] or seconds),

@@ -44,7 +44,17 @@ class FakeModel:
         return (dense(seed) + 0.1 * (1 - pipeline.density) / (seed + 1)).clamp(0, 1)
 
     def explain(self, pipeline):
-        kept = SimpleNamespace(density=pipeline.density, density_run=(4 + pipeline.density) / 5, kept_mass=None)
+        phases = ["dense", "search", "search", "sparse", "refine"]
+        kept = SimpleNamespace(
+            density=pipeline.density,
+            density_run=(4 + pipeline.density) / 5,
+            kept_mass=None,
+            at_floor=0.25,
+            at_ceiling=0.0,
+            steps=[
+                SimpleNamespace(step=step, phase=phase) for step, phase in zip((0, 1, 1, 2, 3), phases, strict=True)
+            ],
+        )
         late = self.late_compilations * (pipeline.generations - 1)
         return SimpleNamespace(
             density=pipeline.density,
@@ -98,6 +108,7 @@ def test_a_row_has_figures_over_all_videos_and_the_whole_context(model, results)
     assert row["psnr_by_seed"] == pytest.approx([26.02, 32.04, 35.56], abs=0.01)
     assert row["psnr"] == pytest.approx(31.21, abs=0.01) and row["psnr_min"] == pytest.approx(26.02, abs=0.01)
     assert (row["density"], row["density_run"], row["kept_mass"]) == (0.5, 0.9, None)
+    assert (row["at_floor"], row["at_ceiling"], row["searches"]) == (0.25, 0.0, 2)
     assert (row["compilations"], row["recompilations"], row["lossless"]) == (3, 0, False)
     assert (row["label"], row["grid"], row["method"], row["correction"]) == (HALF.label, "mine", "svg2", "coupled")
     assert (row["size"], row["tokens"], row["seeds"], row["videos"]) == ("2x8x8", 8, [0, 1, 2], 2)
