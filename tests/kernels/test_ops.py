@@ -7,7 +7,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sparse_compile.call_log import append_row, read_rows
 from sparse_compile.errors import SparseAttentionError
-from sparse_compile.ops import attention, clusters
+from sparse_compile.ops import attention, clusters, recall
 
 
 def strided(x):
@@ -33,6 +33,11 @@ def plan_args(kernel, **options):
     return (q_means, k_means, q_offsets, k_offsets, ready, 0.25, 0.9, 0.1, None, "mass", True, 0, kernel)
 
 
+def recall_args(kernel, **options):
+    *means, ready, scale, _, _, _, rank_by, padded, seed, _ = plan_args(kernel, **options)
+    return (*means, ready, torch.full((2, 4), 0.9), scale, 0.8, 0.02, 0.5, rank_by, padded, seed, kernel)
+
+
 def pooled_args(kernel, coupled, *, orders=True, **options):
     args = kmeans_args(kernel, **options)
     k = args[1]
@@ -56,9 +61,10 @@ def attention_args(kernel, token_major, *, orders=True, tail=None, **options):
         pooled = list(OPS.pooled_keys(k, v, *rest))
         if tail == "pooled":
             pooled[3] = None
-    kept_mass = torch.full(q.shape[:2], 0.9)
+    kept_mass, at_bounds = torch.full(q.shape[:2], 0.9), torch.zeros(*q.shape[:2], 2)
     plan = (q_order, q_offsets, k_order, k_offsets, keep)
-    return (q, k, v, *plan, *pooled, kept_mass, non_finite, new_log(), 0.25, token_major, kernel)
+    figures = (kept_mass, kept_mass, at_bounds, non_finite, new_log())
+    return (q, k, v, *plan, *pooled, *figures, 0.25, token_major, kernel)
 
 
 ATTENTION = {
@@ -79,6 +85,7 @@ CALLS = {
     "kmeans-warm": (OPS.kmeans, kmeans_args, {"restart": False}),
     "kmeans-unmasked": (OPS.kmeans, kmeans_args, {"masked": False}),
     "plan_top_p": (OPS.plan_top_p, plan_args, {}),
+    "plan_estimated_recall": (OPS.plan_estimated_recall, recall_args, {}),
     **{name: (OPS.pooled_keys, pooled_args, options) for name, options in POOLED.items()},
     **{name: (OPS.block_sparse_attention, attention_args, options) for name, options in ATTENTION.items()},
 }
@@ -154,6 +161,7 @@ BODIES = {
     "kmeans-restart": (clusters._kmeans, kmeans_args, {}),
     "kmeans-warm": (clusters._kmeans, kmeans_args, {"restart": False}),
     "plan_top_p": (clusters._plan_top_p, plan_args, {}),
+    "plan_estimated_recall": (recall._plan_estimated_recall, recall_args, {}),
     **{name: (attention._pooled_keys, pooled_args, options) for name, options in POOLED.items()},
     **{
         name: (attention._block_sparse_attention, attention_args, ATTENTION[name])
