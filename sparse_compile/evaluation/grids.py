@@ -15,6 +15,8 @@ from sparse_compile.evaluation.comparison import DEMO_OPTIONS, PLUG_IN_OPTIONS
 
 CORRECTIONS = ("none", "pooled", "coupled")
 DENSITIES = (0.10, 0.15, 0.20, 0.25, 0.35, 0.50)
+FRONT_DENSITIES = (0.10, 0.15, 0.25, 0.35)
+WARM_UPS = (0.1, 0.2, 0.3)
 TOP_P = (0.6, 0.7, 0.8, 0.9, 0.95)
 QUARTER = 0.25
 TWO_DENSITIES = (QUARTER, 0.15)
@@ -173,11 +175,29 @@ def paper() -> list[Configuration]:
     for density in TWO_DENSITIES:
         measured += [
             at_density("svg2", density),
-            _matched(density, "none", rank_by="mass"),
+            of_paper("svg2", density),
             at_density("adaspa", density),
-            at_density("adaspa", density, correction="none", head_adaptive="paper", monitor=False),
+            of_paper("adaspa", density),
         ]
     return [*measured, *controls(["coupled", "none"])]
+
+
+def of_paper(method: str, density: float) -> Configuration:
+    """A method as its paper has it, at a density: SVG2 by the top_p that leads to it."""
+    if method == "svg2":
+        return _matched(density, "none", rank_by="mass")
+    return at_density("adaspa", density, correction="none", head_adaptive="paper", monitor=False)
+
+
+def front() -> list[Configuration]:
+    """Quality over density_run at other shares of dense steps: what presets are chosen from."""
+    measured = [
+        at_density(method, density).at_warm_up(share)
+        for method in BUILT_IN_METHODS
+        for share in WARM_UPS
+        for density in FRONT_DENSITIES
+    ]
+    return [*measured, *controls(["coupled"])]
 
 
 def of_plug_in(method: str) -> list[Configuration]:
@@ -194,7 +214,7 @@ def _shown(value: object) -> str:
 
 
 GRIDS: Mapping[str, Callable[[], list[Configuration]]] = {
-    grid.__name__: grid for grid in (quick, corrections, pareto, selection, recall, presets, paper)
+    grid.__name__: grid for grid in (quick, corrections, pareto, selection, front, recall, presets, paper)
 }
 
 
