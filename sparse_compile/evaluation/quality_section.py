@@ -35,7 +35,7 @@ def _section(title: str, rows: Sequence[Row]) -> Section:
     first = rows[0]
     seeds = ", ".join(map(str, first["seeds"]))
     text = (
-        f"{first['videos']} scenes of {first['size']} pixels, {first['tokens']} tokens, noise of seeds {seeds}, "
+        f"Scenes: {first['videos']} of {first['size']} pixels, {first['tokens']} tokens; noise of seeds {seeds}; "
         f"{first['steps']} steps, guidance {first['guidance']:g}. Means over all videos, against dense from the same "
         f"noise. Noise ceiling (dense eager against dense compiled): {first['ceiling']:.1f} dB.",
         "Compare at equal density_run and equal dense steps only; less than 0.3 dB is a tie.",
