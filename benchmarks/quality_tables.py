@@ -24,8 +24,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sparse_compile.errors import SparseAttentionError
+from sparse_compile.evaluation import grids
+from sparse_compile.evaluation.grids import Configuration, control
 from sparse_compile.evaluation.results import ResultsFile, Row
-from sparse_compile.evaluation.tables import Column, markdown
+from sparse_compile.evaluation.tables import FIGURES, TARGETS_DB, Column, cheapest, markdown
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -47,6 +49,29 @@ class Table:
         return markdown(self.columns, [row_of(self.file, label) for label in self.labels])
 
 
+@dataclass(frozen=True)
+class CostTable:
+    """For each series of a file, the smallest ``density_run`` that reaches each PSNR: see `cheapest`."""
+
+    file: str
+    labels: tuple[str, ...]
+
+    def markdown(self) -> str:
+        """The table."""
+        columns = [Column("configuration without its budget", "series")]
+        columns += [Column(f"{target} dB", str(target)) for target in TARGETS_DB]
+        return markdown(columns, cheapest([row_of(self.file, label) for label in self.labels]))
+
+
+def labels_of(*configurations: Configuration, without_controls: bool = False) -> tuple[str, ...]:
+    """The labels of configurations, each once."""
+    shown = (each.label for each in configurations if not (without_controls and control(each.options)))
+    return tuple(dict.fromkeys(shown))
+
+
+SWEEP = "quality_cpu"
+CONFIGURATION = (Column("configuration", "label"),)
+BOUNDS = (Column("at floor", "at_floor", ".1%"), Column("at ceiling", "at_ceiling", ".1%"))
 METHOD_AND_CORRECTION = (Column("method", "method"), Column("correction", "correction"))
 SHORT = (
     Column("density", "density", ".2f"),
@@ -55,9 +80,16 @@ SHORT = (
     Column("SSIM", "ssim", ".3f"),
 )
 
-TABLES: Mapping[str, Table] = {
+TABLES: Mapping[str, Table | CostTable] = {
+    "pareto": Table(SWEEP, labels_of(*grids.pareto()), (*CONFIGURATION, *FIGURES)),
+    "costs": CostTable(SWEEP, labels_of(*grids.pareto(), without_controls=True)),
+    "front": Table(SWEEP, labels_of(*grids.front(), without_controls=True), (*CONFIGURATION, *FIGURES)),
+    "selection": Table(SWEEP, labels_of(*grids.selection(), without_controls=True), (*CONFIGURATION, *FIGURES)),
+    "paper": Table(SWEEP, labels_of(*grids.paper(), without_controls=True), (*CONFIGURATION, *FIGURES)),
+    "recall": Table(SWEEP, labels_of(*grids.recall(), without_controls=True), (*CONFIGURATION, *BOUNDS, *FIGURES)),
+    "presets": Table(SWEEP, labels_of(*grids.presets(), without_controls=True), (*CONFIGURATION, *FIGURES)),
     "corrections": Table(
-        "quality_quick_cpu",
+        SWEEP,
         tuple(
             f"{method} {correction} {budget}"
             for method, budget in (("svg2", "density=0.25"), ("adaspa", "sparsity=0.75"))

@@ -168,7 +168,7 @@ class Config:
         "adaspa",
     )
     head_adaptive: str = _option(
-        "paper",
+        "guarded",
         accept.one_of("paper", "guarded", "off"),
         "paper, guarded or off",
         "how heads trade budgets; the mean stays",

@@ -15,9 +15,10 @@ from sparse_compile.evaluation.comparison import DEMO_OPTIONS, PLUG_IN_OPTIONS
 
 CORRECTIONS = ("none", "pooled", "coupled")
 DENSITIES = (0.10, 0.15, 0.20, 0.25, 0.35, 0.50)
-FRONT_DENSITIES = (0.10, 0.15, 0.25, 0.35)
-WARM_UPS = (0.1, 0.2, 0.3)
-TOP_P = (0.6, 0.7, 0.8, 0.9, 0.95)
+FRONT_DENSITIES = (0.15, 0.25, 0.35)
+OTHER_WARM_UP = 0.1
+UNCORRECTED_DENSITIES = (0.15, 0.25, 0.50)
+TOP_P = (0.7, 0.9)
 QUARTER = 0.25
 TWO_DENSITIES = (QUARTER, 0.15)
 TARGETS = (0.7, 0.9)
@@ -126,15 +127,14 @@ def quick() -> list[Configuration]:
 
 def pareto() -> list[Configuration]:
     """Quality over density: both methods, corrected and not, and the budget of SVG2's paper."""
-    corrected = ("coupled", "none")
     fixed = [
         at_density(method, density, correction=correction)
-        for correction in corrected
-        for density in DENSITIES
+        for correction, densities in (("coupled", DENSITIES), ("none", UNCORRECTED_DENSITIES))
+        for density in densities
         for method in BUILT_IN_METHODS
     ]
     native = [configuration("svg2", {"top_p": top_p}, correction="none") for top_p in TOP_P]
-    return [*controls(corrected), *fixed, *native]
+    return [*controls(["coupled", "none"]), *fixed, *native]
 
 
 def selection() -> list[Configuration]:
@@ -190,11 +190,10 @@ def of_paper(method: str, density: float) -> Configuration:
 
 
 def front() -> list[Configuration]:
-    """Quality over density_run at other shares of dense steps: what presets are chosen from."""
+    """Quality over density_run with fewer dense steps: with the grid pareto, what presets are chosen from."""
     measured = [
-        at_density(method, density).at_warm_up(share)
+        at_density(method, density).at_warm_up(OTHER_WARM_UP)
         for method in BUILT_IN_METHODS
-        for share in WARM_UPS
         for density in FRONT_DENSITIES
     ]
     return [*measured, *controls(["coupled"])]

@@ -38,7 +38,7 @@ the mean PSNR against dense is 34.990 dB with Inductor and 34.992 dB so.
 LOSSLESS_WITHIN = 1.0
 """Decibels below the noise ceiling in which a result cannot be told from dense."""
 SEARCHING = (Phase.SEARCH, Phase.REFINE)
-DENSITY_TOLERANCE = 0.003
+DENSITY_TOLERANCE = 0.006
 FARTHEST_DENSITY = 0.02
 MOST_PROBES = 8
 """Of the search for a top_p: when it ends, when it has failed, and how many generations it may take."""
