@@ -114,7 +114,8 @@ def layers_section(measured: Measured) -> Section:
         pictures = [density_picture(shown(method), calls)]
         if any(call.kept_mass is not None for call in calls):
             pictures.append(kept_mass_picture(shown(method), calls))
-        parts.append(Part(title=shown(method), pictures=pictures, details=[layer_table(calls)]))
+        notes = monitor_notes(made.report, len(measured.scenes))
+        parts.append(Part(title=shown(method), text=notes, pictures=pictures, details=[layer_table(calls)]))
     return Section("Layers and steps", text, parts)
 
 
@@ -195,6 +196,16 @@ def newest_calls(report: Report, generations: int) -> list[CallReport]:
     """The calls of the newest generations: a first one, which compiles, is left out."""
     newest = sorted({call.generation for call in report.calls})[-generations:]
     return [call for call in report.calls if call.generation in newest]
+
+
+def monitor_notes(report: Report, generations: int) -> list[str]:
+    """What the monitor of held plans decided in the newest generations, one sentence each."""
+    return [
+        f"Video {number}, step {step.step}: {step.note}."
+        for number, generation in enumerate(report.generations[-generations:])
+        for step in generation.steps
+        if step.note
+    ]
 
 
 def layer_table(calls: Sequence[CallReport]) -> DataTable:

@@ -24,6 +24,7 @@ from sparse_compile.evaluation.report_sections import (
     layer_table,
     layers_section,
     methods_section,
+    monitor_notes,
     newest_calls,
     run_section,
     warnings_section,
@@ -32,7 +33,7 @@ from sparse_compile.evaluation.site_figures import SiteFigures, site_figures
 from sparse_compile.evaluation.site_sections import maps_of, plans_section, sites_section
 from sparse_compile.evaluation.tap import TappedAttention
 from sparse_compile.runtime.call_figures import CallReport
-from sparse_compile.runtime.figures import HeadReport
+from sparse_compile.runtime.figures import GenerationReport, HeadReport, StepReport
 from sparse_compile.runtime.report import Report
 
 SIZE = VideoSize(3, 16, 16)
@@ -84,6 +85,19 @@ def measured(**reports: Report) -> Measured:
         for name, report in reports.items()
     }
     return Measured([("versions", "1.2.3")], SIZE, SHOWCASE[:2], dense, methods)
+
+
+def test_the_page_tells_what_the_monitor_decided_in_the_newest_generations() -> None:
+    def step(number: int, note: str) -> StepReport:
+        return StepReport(number, "cond", "sparse", 0.25, 0.5, 0, 0.25, 1, note=note)
+
+    steps = [[step(1, "an old decision")], [step(1, ""), step(2, "searched again")], [step(1, "no search")]]
+    report = a_report()
+    report.generations = [GenerationReport(each, 0.25, 0.25, 0.5) for each in steps]
+    told = ["Video 0, step 2: searched again.", "Video 1, step 1: no search."]
+    assert monitor_notes(report, 2) == told
+    (part,) = layers_section(measured(adaspa=report)).parts
+    assert list(part.text) == told
 
 
 # ---------------------------------------------------------------------- the run
