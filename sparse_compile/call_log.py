@@ -60,14 +60,17 @@ def append_row(
         density: [B, H]; of any shape where the log has no rows of heads.
         kept_mass: the same; NaN where it could not be measured, which no mean counts; None: not measured.
         non_finite: counts, to be summed.
-        planned_mass: as ``kept_mass``, when the plan was made; None where each call makes its own.
+        planned_mass: as ``kept_mass``, when the plan was made; None where each call makes its own. Heads whose mass
+            could not be measured now do not count, so that both means are over the same ones.
         at_bounds: [B, H, 2], shares of the queries at the floor and at the ceiling; None without such bounds.
     """
     density = density.float()
     mass = torch.full_like(density, float("nan")) if kept_mass is None else kept_mass.float()
     tokens = log.new_zeros(()) if non_finite is None else non_finite.sum().float()
     unknown = torch.full_like(tokens, float("nan"))
-    planned = unknown if planned_mass is None else planned_mass.float().nanmean()
+    planned = (
+        unknown if planned_mass is None else planned_mass.float().masked_fill(mass.isnan(), float("nan")).nanmean()
+    )
     held = (unknown, unknown) if at_bounds is None else at_bounds.float().flatten(0, -2).mean(0).unbind(0)
     written = log[0, 0]
     at = (torch.remainder(written, ROWS) + 1).long().view(1)

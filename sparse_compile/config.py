@@ -1,7 +1,7 @@
 """Options: each declared once, with its environment variable, type, range, default and one line of doc.
 
 Order of precedence: `options=` of torch.compile, then the environment (``SPARSE_ATTN_`` + upper case), then the
-default. Nothing else in the package reads the environment.
+preset, then the default. Nothing else in the package reads the environment.
 """
 
 from __future__ import annotations
@@ -253,7 +253,7 @@ class Config:
                 ", ".join(f"{name}={getattr(self, name)}" for name in given),
                 "Leave out all but one.",
             )
-        if self.min_density > self.max_density:
+        if self.target_recall is not None and self.min_density > self.max_density:
             raise SparseAttentionError(
                 "min_density must not be above max_density",
                 f"{self.min_density} and {self.max_density}",
@@ -283,6 +283,11 @@ class Config:
         return "coupled" if self.correction == "auto" else self.correction
 
     @property
+    def watches_plans(self) -> bool:
+        """Whether held plans are watched on the probe rows."""
+        return self.monitor and self.probe_rows > 0
+
+    @property
     def density_at_work(self) -> float | None:
         """The share of keys that a query row of svg2 keeps; None where another budget decides."""
         others = (self.top_p, self.target_recall)
@@ -301,8 +306,9 @@ class Config:
 
 def overlaid(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
     """Options with others put over them: a budget among the upper ones replaces all below."""
-    budgets = BUDGETS if any(name in upper for name in BUDGETS) else ()
-    return {**{name: value for name, value in lower.items() if name not in budgets}, **upper}
+    budgets = BUDGETS if any(upper.get(name) not in (None, "none") for name in BUDGETS) else ()
+    given = {name: value for name, value in upper.items() if name not in BUDGETS or value not in (None, "none")}
+    return {**{name: value for name, value in lower.items() if name not in budgets}, **given}
 
 
 def declared_options() -> dict[str, Option]:

@@ -97,6 +97,16 @@ def test_the_fixed_density_holds_where_no_other_budget_is_given(options: dict[st
     assert Config.from_options(options, environ={}).density_at_work == density
 
 
+def test_a_budget_of_none_leaves_what_lies_below_it() -> None:
+    assert Config.from_options({"target_recall": None}, environ={"SPARSE_ATTN_DENSITY": "0.5"}).density == 0.5
+    chosen = {"preset": "quality", "top_p": "none"}
+    assert Config.from_options(chosen, environ={}).density == PRESETS["svg2"]["quality"]["density"]
+
+
+def test_a_ceiling_counts_under_a_target_alone() -> None:
+    assert Config(max_density=0.01).density_at_work == 0.25
+
+
 def test_a_budget_given_as_an_option_replaces_one_of_the_environment() -> None:
     config = Config.from_options({"target_recall": 0.9}, environ={"SPARSE_ATTN_DENSITY": "0.5"})
     assert (config.target_recall, config.density) == (0.9, None)

@@ -127,12 +127,12 @@ def _plan_measured_recall_fake(mass: Tensor, *_: object) -> Tensor:
     return mass.new_empty(mass.shape[:2])
 
 
-def _calibrate_recall(measured: Tensor, target: float, asked: Tensor, kernel: str) -> None:
+def _calibrate_recall(measured: Tensor, at_bounds: Tensor, target: float, asked: Tensor, kernel: str) -> None:
     """Adapt what is asked of the estimate to the mass that was kept, for the next plan (docs/svg2.md, section 7).
 
     Args:
-        measured: float32 [B, H], from `kept_mass`; NaN where it was not measured, 1 where everything was kept: nothing
-            is learnt of either.
+        measured: float32 [B, H], from `kept_mass`; NaN where it was not measured: nothing is learnt of it.
+        at_bounds: float32 [B, H, 2], from `plan_estimated_recall`: heads out of reach learn nothing.
         target: mass to keep, in (0, 1).
         asked: float32 [B, H], what was asked; set to what to ask next. 0 stands for the target.
         kernel: which implementation.
@@ -140,10 +140,10 @@ def _calibrate_recall(measured: Tensor, target: float, asked: Tensor, kernel: st
     from sparse_compile.kernels.recall_map import reference
 
     implementation(kernel)
-    reference.calibrate(measured, target, asked)
+    reference.calibrate(measured, at_bounds, target, asked)
 
 
-def _calibrate_recall_fake(measured: Tensor, target: float, asked: Tensor, kernel: str) -> None:
+def _calibrate_recall_fake(measured: Tensor, at_bounds: Tensor, target: float, asked: Tensor, kernel: str) -> None:
     return None
 
 
@@ -199,7 +199,7 @@ register(
     _plan_measured_recall_fake,
 )
 register(
-    "calibrate_recall(Tensor measured, float target, Tensor(a!) asked, str kernel) -> ()",
+    "calibrate_recall(Tensor measured, Tensor at_bounds, float target, Tensor(a!) asked, str kernel) -> ()",
     _calibrate_recall,
     _calibrate_recall_fake,
 )

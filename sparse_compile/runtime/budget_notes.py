@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from sparse_compile.runtime.monitor import Verdict
     from sparse_compile.runtime.state import Layer
 
+LEAST_SHARE = 0.01
+"""Of the queries at the ceiling, from which on it is worth a line."""
 MOST_NAMES = 6
 """Layers that one line names; it counts the others."""
 
@@ -37,9 +39,8 @@ def _note(told: Sequence[tuple[str, Verdict]]) -> str:
             f"searched again: the plans of {sites} had gone stale, most in {worst} ({verdict.branch}), which kept"
             f" {verdict.drop:.3f} less of the mass than when it was made"
         )
-    return (
-        f"no search: the plans of {sites} keep what they kept when they were made, to within {max(verdict.drop, 0):.3f}"
-    )
+    lost = f"have lost at most {verdict.drop:.3f} of the mass" if verdict.drop > 0 else "keep no less of the mass"
+    return f"no search: the plans of {sites} {lost} since they were made"
 
 
 def unreached_warning(calls: Sequence[CallReport]) -> str | None:
@@ -47,7 +48,7 @@ def unreached_warning(calls: Sequence[CallReport]) -> str | None:
     newest = max((call.generation for call in calls), default=None)
     shares: dict[str, float] = {}
     for call in calls:
-        if call.generation == newest and call.at_ceiling:
+        if call.generation == newest and call.at_ceiling is not None and call.at_ceiling >= LEAST_SHARE:
             shares[call.layer] = max(shares.get(call.layer, 0.0), call.at_ceiling)
     if not shares:
         return None
@@ -62,7 +63,7 @@ def whole_heads_warning(heads: Iterable[HeadReport], min_recall: Mapping[str, fl
 
     Args:
         heads: of the newest sparse calls.
-        min_recall: the option, by the name of the layer.
+        min_recall: the option, by the name of the layer; None where it is off, or something else may keep a head whole.
     """
     found: dict[str, int] = {}
     for report in heads:

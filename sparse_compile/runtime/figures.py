@@ -99,7 +99,8 @@ def generations_of(
     generations: dict[int, list[StepReport]] = {}
     for (generation, step, branch), made in sorted(by_step.items(), key=lambda item: item[0][:2]):
         report = _step(step, branch, made)
-        report.note = untold.pop((generation, step), "")
+        passed = [when for when in sorted(untold) if when[0] == generation and when[1] <= step]
+        report.note = "; ".join(untold.pop(when) for when in passed)  # also those of steps whose calls were skipped
         generations.setdefault(generation, []).append(report)
     return [_generation(steps) for _, steps in sorted(generations.items())]
 

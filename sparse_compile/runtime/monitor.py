@@ -1,8 +1,8 @@
 """Watches held plans on the probe rows: one gone stale brings a search, and where all still hold a search is saved.
 
 Source: docs/adaspa.md, section 13. A sparse call logs the mass that its plan keeps now and kept when it was made. When
-the clock moves, the newest rows of all logs are copied to the host; at the next move they have arrived and are judged,
-so that the host never waits for the device.
+the clock moves, the newest rows of all logs are copied to the host; at the next move they are judged. The host then
+waits at most for a step that was launched a whole step before, and phases never depend on how fast a device is.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ SOUND_DROP = 0.01
 """Up to this drop a plan is as good as new."""
 LEAST_STEPS_APART, MOST_SEARCHES = 5, 3
 """Of the searches that the monitor asks for in one generation."""
+LONGEST_MEMORY = 5
+"""Steps after which a probe says nothing any more: its layer or branch may not be called again, or may have moved."""
 
 
 class Verdict(NamedTuple):
@@ -56,7 +58,12 @@ class _Probe:
 
     rows: int
     """Rows of its log when it was looked at last: a call that was skipped is not looked at twice."""
-    drop: float = 0.0
+    searched: int | None = None
+    """The step at which the plan was made: what was known of an older one does not count."""
+    seen: int = 0
+    """The step at whose beginning its newest row was copied."""
+    drop: float = math.inf
+    """Not known yet."""
     low: int = 0
     """Probes in a row that were low."""
 
@@ -70,7 +77,7 @@ class _Copy(NamedTuple):
 
     def read(self) -> list[list[float]]:
         if self.arrival is not None:
-            self.arrival.synchronize()  # a whole step has passed since it was recorded
+            self.arrival.synchronize()  # a whole step was launched since it was recorded
         values: list[list[float]] = self.rows.tolist()
         return values
 
@@ -97,18 +104,19 @@ class Monitor:
             layers: of all models of the clock.
         """
         watched = [layer for layer in layers if _holds_plans(layer)]
-        if not watched:
+        if not watched or moment.step >= moment.steps:
             return moment
         self._judge()
-        self._copies = list(self._look_at(watched))
-        stale = [site for site, probe in self._probes.items() if probe.low >= PROBES_IN_A_ROW]
+        self._copies = list(self._look_at(watched, moment.step))
+        recent = {site: probe for site, probe in self._probes.items() if moment.step - probe.seen <= LONGEST_MEMORY}
+        stale = [site for site, probe in recent.items() if probe.low >= PROBES_IN_A_ROW and site.layer() is not None]
         if stale and self._may_search(moment.step):
             self._searches.append(moment.step)
             self._tell(moment, stale, stale=True)
             return moment._replace(stale=(*moment.stale, moment.step))
-        if self._probes and all(probe.drop <= SOUND_DROP for probe in self._probes.values()):
+        if recent and all(probe.drop <= SOUND_DROP for probe in recent.values()):
             sound = moment._replace(sound=(*moment.sound, moment.step))
-            saved = [site for site in self._probes if _refines(site, moment) and not _refines(site, sound)]
+            saved = [site for site in recent if _refines(site, moment) and not _refines(site, sound)]
             if saved:
                 self._tell(moment, saved, stale=False)
                 return sound
@@ -123,7 +131,7 @@ class Monitor:
                     probe = self._probes[site]
                     probe.drop, probe.low = drop, probe.low + 1 if drop > STALE_DROP else 0
 
-    def _look_at(self, layers: Sequence[Layer]) -> Iterator[_Copy]:
+    def _look_at(self, layers: Sequence[Layer], step: int) -> Iterator[_Copy]:
         """Start copying what the calls since the last move have logged: one copy a device."""
         found: dict[torch.device, list[tuple[_Site, Tensor]]] = {}
         for layer in layers:
@@ -134,8 +142,10 @@ class Monitor:
                 for ordinal, log in state.logs.items():
                     site = _Site(weakref.ref(layer), branch, ordinal)
                     probe = self._probes.setdefault(site, _Probe(state.rows_at_start))
+                    if probe.searched != state.searched:
+                        probe.searched, probe.drop, probe.low = state.searched, math.inf, 0
                     if probe.rows != state.rows:
-                        probe.rows = state.rows
+                        probe.rows, probe.seen = state.rows, step
                         found.setdefault(log.device, []).append((site, newest_row(log, state.rows)))
         for rows in found.values():
             yield _copy([site for site, _ in rows], torch.stack([row for _, row in rows]))
@@ -154,8 +164,8 @@ class Monitor:
 
 
 def _holds_plans(layer: Layer) -> bool:
-    config, strategy = layer.planner.config, layer.planner.strategy
-    return config.monitor and config.probe_rows > 0 and Phase.REFINE in strategy.phases and not layer.kept_dense
+    planner = layer.planner
+    return planner.config.watches_plans and Phase.REFINE in planner.strategy.phases and not layer.kept_dense
 
 
 def _refines(site: _Site, moment: Moment) -> bool:
@@ -172,5 +182,5 @@ def _copy(sites: list[_Site], rows: Tensor) -> _Copy:
     there = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True)
     there.copy_(rows, non_blocking=True)
     arrival = torch.cuda.Event()
-    arrival.record()
+    arrival.record(torch.cuda.current_stream(rows.device))  # not that of the current device
     return _Copy(sites, there, arrival)

@@ -192,7 +192,11 @@ def build_report(models: Mapping[str, nn.Module], registry: Registry) -> Report:
     report.calls = calls_of(layers)
     report.generations = generations_of(report.calls, verdict_notes(layers))
     report.heads = heads_of(layers)
-    least = {name: layer.planner.config.min_recall for name, layer in layers}
+    configs = {name: layer.planner.config for name, layer in layers}
+    least = {
+        name: None if config.target_recall is not None or config.sparsity_at_work == 0 else config.min_recall
+        for name, config in configs.items()
+    }
     found = (
         uniformity_warning(report.heads),
         unreached_warning(report.calls),

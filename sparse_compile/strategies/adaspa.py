@@ -54,7 +54,9 @@ class AdaSpa:
         dense_steps = moment.count(config.dense_steps)
         if dense_steps >= moment.steps:
             return Phase.DENSE
-        steps = {*search_steps(moment, config)} - {*moment.sound} | {*moment.stale}
+        steps = {*search_steps(moment, config)}
+        if config.watches_plans:  # the verdicts may be about other models of the clock
+            steps = steps - {*moment.sound} | {*moment.stale}
         if searched is None:
             return Phase.DENSE if moment.step < dense_steps - 1 else Phase.SEARCH
         return Phase.REFINE if any(searched < step <= moment.step for step in steps) else Phase.SPARSE
@@ -93,8 +95,10 @@ class AdaSpa:
         assert site.layout is not None and site.key_layout is not None, "classify_sites fills the layouts"
         queries, keys = site.query_sizes[2], site.key_sizes[2]
         video = site.layout.video_tokens * site.key_layout.video_tokens / (queries * keys)
-        sparsity = config.sparsity_at_work if config.target_recall is None else 1 - EXPECTED_DENSITY
-        return Effort(1 - sparsity * video, 0, -(-keys // config.block_size))
+        density = 1 - config.sparsity_at_work
+        if config.target_recall is not None:
+            density = min(max(EXPECTED_DENSITY, config.min_density), config.max_density)
+        return Effort(1 - (1 - density) * video, 0, -(-keys // config.block_size))
 
     def write(self, build: GraphBuilder, site: Site, phase: Phase) -> Node:
         """Dense attention and a search, or sparse attention by the kept plan or by a new one."""

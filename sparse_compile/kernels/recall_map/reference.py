@@ -24,8 +24,8 @@ REACH = 3.0
 """How far, in logits, calibration may ask for more or less than the target."""
 CERTAIN = 1e-4
 """Kept mass is taken to lie this far within (0, 1), where logits are finite."""
-EVERYTHING = 1 - 1e-6
-"""From here on kept mass is that of a head that attends to everything, up to the rounding of float32."""
+SMALL_STEP = 1.0
+"""How much less, in logits, is asked where all mass was kept."""
 
 
 class Bounds(NamedTuple):
@@ -162,19 +162,23 @@ def unreached(at_bounds: Tensor) -> Tensor:
     return at_bounds[..., 1] > UNREACHED
 
 
-def calibrate(measured: Tensor, target: float, asked: Tensor) -> None:
+def calibrate(measured: Tensor, at_bounds: Tensor, target: float, asked: Tensor) -> None:
     """Ask more of the estimate where less than the target was kept, and less where more was. In place.
 
-    The odds of what is asked are multiplied by the odds of the target over those of what was measured. Nothing changes
-    where nothing could be measured, or where everything was kept: a head that is out of reach, or whose state was not
-    ready, says nothing of its estimate; asked for less, it would fall below its target, and be out of reach again.
+    The odds of what is asked are multiplied by the odds of the target over those of what was measured. Where all mass
+    was kept, these are without bound, so that less is asked in small steps: a peaky head comes down in a few calls, and
+    a flat one does not fall from everything to far too little. Nothing changes where nothing could be measured, and in
+    heads that are out of reach: they attend to everything whatever the estimate says.
 
-    Shapes: measured and asked float32 [B, H]; an ``asked`` of 0 has not been calibrated yet and stands for the target.
+    Shapes: measured and asked float32 [B, H]; at_bounds float32 [B, H, 2]; an ``asked`` of 0 has not been calibrated
+        yet and stands for the target.
     """
     goal = math.log(target) - math.log1p(-target)
-    odds = torch.logit(from_target(asked, target).double()) + goal - torch.logit(measured.double(), eps=CERTAIN)
-    renewed = torch.sigmoid(odds.clamp(goal - REACH, goal + REACH))
-    asked.copy_(torch.where(measured < EVERYTHING, renewed, from_target(asked, target)))
+    before = from_target(asked, target)
+    change = goal - torch.logit(measured.double(), eps=CERTAIN)
+    change = torch.where(measured > 1 - CERTAIN, change.clamp(min=-SMALL_STEP), change)
+    renewed = torch.sigmoid((torch.logit(before.double()) + change).clamp(goal - REACH, goal + REACH))
+    asked.copy_(torch.where(measured.isfinite() & ~unreached(at_bounds), renewed, before))
 
 
 def from_target(asked: Tensor, target: float) -> Tensor:
