@@ -15,8 +15,8 @@ from sparse_compile.evaluation.comparison import DEMO_OPTIONS, PLUG_IN_OPTIONS
 
 CORRECTIONS = ("none", "pooled", "coupled")
 DENSITIES = (0.10, 0.15, 0.20, 0.25, 0.35, 0.50)
-FRONT_DENSITIES = (0.15, 0.25, 0.35)
-OTHER_WARM_UP = 0.1
+FRONT_DENSITIES = (0.15, 0.25)
+OTHER_WARM_UPS = (0.1, 0.3)
 UNCORRECTED_DENSITIES = (0.15, 0.25, 0.50)
 TOP_P = (0.7, 0.9)
 QUARTER = 0.25
@@ -140,14 +140,13 @@ def pareto() -> list[Configuration]:
 def selection() -> list[Configuration]:
     """What is kept, at equal density: budgets and orders of SVG2; trades, block sizes and the monitor of AdaSpa."""
     measured = []
-    for density in TWO_DENSITIES:
-        for correction in ("coupled", "none"):
-            measured += [at_density("svg2", density, correction=correction), _matched(density, correction)]
-        measured += [
-            at_density("svg2", density, rank_by="mass_per_key"),
-            at_density(ERROR_BUDGET, density),
-            *(at_density("adaspa", density, head_adaptive=way) for way in ("paper", "guarded", "off")),
-        ]
+    for correction in ("coupled", "none"):
+        measured += [at_density("svg2", QUARTER, correction=correction), _matched(QUARTER, correction)]
+    measured += [
+        at_density("svg2", QUARTER, rank_by="mass_per_key"),
+        at_density(ERROR_BUDGET, QUARTER),
+        *(at_density("adaspa", QUARTER, head_adaptive=way) for way in ("paper", "guarded", "off")),
+    ]
     blocks = [
         at_density("adaspa", QUARTER, correction=correction, block_size=size)
         for correction in ("coupled", "none")
@@ -190,10 +189,11 @@ def of_paper(method: str, density: float) -> Configuration:
 
 
 def front() -> list[Configuration]:
-    """Quality over density_run with fewer dense steps: with the grid pareto, what presets are chosen from."""
+    """Quality over density_run with fewer dense steps and with more: with pareto, what presets are chosen from."""
     measured = [
-        at_density(method, density).at_warm_up(OTHER_WARM_UP)
+        at_density(method, density).at_warm_up(share)
         for method in BUILT_IN_METHODS
+        for share in OTHER_WARM_UPS
         for density in FRONT_DENSITIES
     ]
     return [*measured, *controls(["coupled"])]
