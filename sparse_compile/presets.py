@@ -8,12 +8,12 @@ PRESET_NAMES = ("quality", "balanced", "fast")
 
 PRESETS: Mapping[str, Mapping[str, Mapping[str, object]]] = {
     "svg2": {
-        "quality": {"density": 0.35, "dense_steps": 0.2},
-        "balanced": {"density": 0.25, "dense_steps": 0.2},
-        "fast": {"density": 0.15, "dense_steps": 0.1},
+        "quality": {"density": 0.17, "dense_steps": 0.1},
+        "balanced": {"density": 0.12, "dense_steps": 0.1},
+        "fast": {"density": 0.08, "dense_steps": 0.1},
     },
     "adaspa": {
-        "quality": {"sparsity": 0.5, "dense_steps": 0.2},
+        "quality": {"sparsity": 0.65, "dense_steps": 0.2},
         "balanced": {"sparsity": 0.75, "dense_steps": 0.2},
         "fast": {"sparsity": 0.85, "dense_steps": 0.1},
     },
