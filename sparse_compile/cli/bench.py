@@ -7,7 +7,7 @@ import importlib
 
 from sparse_compile.cli.arguments import SIZES, Commands, key_value, positive, share
 
-GRIDS = ("quick", "corrections", "pareto", "selection", "recall", "presets", "paper")
+GRIDS = ("quick", "corrections", "pareto", "selection", "front", "recall", "presets", "paper")
 """What `bench quality` can measure."""
 
 

@@ -48,11 +48,13 @@ class Configuration:
 
     def at_warm_up(self, share: float) -> Configuration:
         """The same with another share of dense steps."""
-        if share == Config.dense_steps and "preset" not in self.options:
-            return self
-        suffix = f" dense_steps={share:g}"
-        options = {**self.options, "dense_steps": share}
-        return replace(self, label=self.label + suffix, series=self.series + suffix, options=options)
+        options = {name: value for name, value in self.options.items() if name != "dense_steps"}
+        old = f" dense_steps={self.options['dense_steps']:g}" if "dense_steps" in self.options else ""
+        new = ""
+        if share != Config.dense_steps or "preset" in options:
+            options["dense_steps"], new = share, f" dense_steps={share:g}"
+        label, series = (text.removesuffix(old) + new for text in (self.label, self.series))
+        return replace(self, label=label, series=series, options=options)
 
 
 def configuration(

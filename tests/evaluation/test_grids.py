@@ -6,7 +6,7 @@ from sparse_compile.cli.bench import GRIDS as OFFERED
 from sparse_compile.config import Config
 from sparse_compile.errors import SparseAttentionError
 from sparse_compile.evaluation import grids
-from sparse_compile.evaluation.grids import CORRECTIONS, DENSITIES, GRIDS, control, grid_named
+from sparse_compile.evaluation.grids import CORRECTIONS, DENSITIES, GRIDS, UNCORRECTED_DENSITIES, control, grid_named
 from sparse_compile.evaluation.protocol import Protocol
 from sparse_compile.evaluation.sweep import key_of_configuration
 
@@ -40,8 +40,16 @@ def test_equal_options_have_equal_labels_and_other_options_other_labels():
 def test_a_series_is_a_label_without_its_budget():
     series = {(c.label, c.series) for c in grid_named("pareto")}
     assert ("svg2 coupled density=0.25", "svg2 coupled density") in series
-    assert ("svg2 none top_p=0.95", "svg2 none top_p") in series
+    assert ("svg2 none top_p=0.9", "svg2 none top_p") in series
     assert ("adaspa none sparsity=0.75", "adaspa none sparsity") in series
+
+
+def test_another_warm_up_replaces_an_earlier_one():
+    plain = grid_named("corrections")[0]
+    early = plain.at_warm_up(0.1)
+    assert early.label == f"{plain.label} dense_steps=0.1"
+    assert early.at_warm_up(0.3) == plain.at_warm_up(0.3)
+    assert early.at_warm_up(0.2) == plain == plain.at_warm_up(0.2)
 
 
 def test_the_quick_grid_is_both_methods_with_each_correction_and_the_controls_of_the_default():
@@ -63,7 +71,7 @@ def test_the_pareto_grid_has_each_density_of_both_methods_and_no_configuration_t
                 if (c.options["method"], c.options["correction"]) == (method, correction) and not control(c.options)
             ]
             kept = [o["density"] if method == "svg2" else 1 - o["sparsity"] for o in own if "top_p" not in o]
-            assert kept == pytest.approx(DENSITIES)
+            assert kept == pytest.approx(DENSITIES if correction == "coupled" else UNCORRECTED_DENSITIES)
     labels = [configuration.label for configuration in configurations]
     assert len(labels) == len(set(labels))
 
