@@ -101,12 +101,12 @@ def test_a_run_that_begins_later_is_at_its_own_step_from_the_first_call() -> Non
     clock = sparse_compile.attach(pipe)
     pipe.scheduler.set_timesteps(10)
     pipe.scheduler.set_begin_index(6)
-    assert clock.moment == (6, 10)
+    assert clock.moment == Moment(6, 10)
     sample = torch.zeros(1, 4)
     pipe.scheduler.step(sample, pipe.scheduler.timesteps[6], sample)
-    assert clock.moment == (7, 10)
+    assert clock.moment == Moment(7, 10)
     pipe.scheduler.set_timesteps(10)
-    assert clock.moment == (0, 10)
+    assert clock.moment == Moment(0, 10)
 
 
 # ---------------------------------------------------------------------- pipelines without named branches
