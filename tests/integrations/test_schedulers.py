@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from toy_models import Stack, tokens
 
 import sparse_compile
+from sparse_compile.phases import Moment
 
 by_way = pytest.mark.parametrize("way", WAYS)
 
