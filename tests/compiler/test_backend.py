@@ -75,7 +75,7 @@ with torch.no_grad():
     ("options", "message"),
     [
         ({"topp": 0.5}, "Did you mean 'top_p'"),
-        ({"top_p": 0.0}, r"'top_p' must be a number in \(0, 1\]; got 0.0"),
+        ({"top_p": 0.0}, r"'top_p' must be none or a number in \(0, 1\]; got 0.0"),
         ({"min_kept": 2}, "'min_kept' must be a number in"),
         ({"method": "nothing"}, "must name an installed strategy"),
         ({"method": "no_such_module:Method"}, "must be importable"),

@@ -93,7 +93,13 @@ def test_methods_expect_what_their_options_say(site: Site) -> None:
     svg2, adaspa = Svg2(), AdaSpa()
     assert isinstance(svg2, ExpectsEffort) and isinstance(adaspa, ExpectsEffort)
     assert svg2.effort(site, Config(density=0.15)).density == 0.15
-    assert svg2.effort(site, Config()).density == EXPECTED_DENSITY
+    assert svg2.effort(site, Config()).density == Config().density_at_work == 0.25
+    assert svg2.effort(site, Config(top_p=0.9)).density == EXPECTED_DENSITY
+    for method, strategy in (("svg2", svg2), ("adaspa", adaspa)):
+        bounds = ({}, EXPECTED_DENSITY), ({"max_density": 0.2}, 0.2), ({"min_density": 0.6}, 0.6)
+        for given, density in bounds:
+            config = Config(method=method, target_recall=0.9, **given)
+            assert strategy.effort(site, config).density == pytest.approx(density)
     one, two = (svg2.effort(site, Config(kmeans_iters=n)).compared for n in (1, 2))
     assert two == 2 * one > 0
     effort = adaspa.effort(site, Config(method="adaspa", sparsity=0.75, block_size=16))
