@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from sparse_compile import option_values as accept
+from sparse_compile.budgets import BUDGETS, DEFAULT_DENSITY, DEFAULT_SPARSITY, overlaid
 from sparse_compile.errors import SparseAttentionError
 from sparse_compile.presets import PRESET_NAMES, PRESETS
 
@@ -27,12 +28,6 @@ FOREIGN_VARIABLES = frozenset({"SPARSE_ATTN_BACKEND"})
 """Variables with our prefix that belong to other projects (microsoft/TRELLIS reads this one)."""
 
 BUILT_IN_METHODS = ("svg2", "adaspa")
-BUDGETS = ("target_recall", "density", "top_p", "sparsity")
-"""Options that say how much is kept: a method goes by one of them."""
-DEFAULT_DENSITY = 0.25
-"""Of svg2, where no budget is given (docs/quality.md)."""
-DEFAULT_SPARSITY = 0.8
-"""Of adaspa, where no budget is given: that of arXiv 2502.21079."""
 
 
 @dataclass(frozen=True)
@@ -302,13 +297,6 @@ class Config:
         """The options that differ from their defaults."""
         fields = dataclasses.fields(self)
         return {f.name: getattr(self, f.name) for f in fields if getattr(self, f.name) != f.default}
-
-
-def overlaid(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
-    """Options with others put over them: a budget among the upper ones replaces all below."""
-    budgets = BUDGETS if any(upper.get(name) not in (None, "none") for name in BUDGETS) else ()
-    given = {name: value for name, value in upper.items() if name not in BUDGETS or value not in (None, "none")}
-    return {**{name: value for name, value in lower.items() if name not in budgets}, **given}
 
 
 def declared_options() -> dict[str, Option]:

@@ -7,7 +7,8 @@ import logging
 
 import pytest
 
-from sparse_compile.config import BUDGETS, Config, declared_options
+from sparse_compile.budgets import BUDGETS
+from sparse_compile.config import Config, declared_options
 from sparse_compile.errors import SparseAttentionError
 from sparse_compile.option_values import layer_ranges
 from sparse_compile.presets import PRESET_NAMES, PRESETS

@@ -17,14 +17,15 @@ PACKAGE = ROOT / "sparse_compile"
 SOURCE_FOLDERS = ("sparse_compile", "tests", "examples", "benchmarks", "training")
 LONGEST_FILE = 400
 
-LEAVES = ("call_log", "config", "errors", "option_values", "phases", "plan", "presets", "sites")
+LEAVES = ("budgets", "call_log", "config", "errors", "option_values", "phases", "plan", "presets", "sites")
 MAY_IMPORT = {
     "errors": (),
     "phases": (),
     "plan": (),
     "option_values": (),
     "presets": (),
-    "config": ("errors", "option_values", "presets"),
+    "budgets": (),
+    "config": ("budgets", "errors", "option_values", "presets"),
     "call_log": ("plan",),
     "sites": ("errors", "phases", "plan"),
     "kernels": ("call_log", "kernels", "plan"),

@@ -32,7 +32,7 @@ def test_find_and_rewrite_need_no_clock() -> None:
     for phase in (Phase.SEARCH, Phase.SPARSE):
         rewritten = testing.rewrite(captured, phase, **EAGER)
         assert testing.count_ops(rewritten.graph_module, "kmeans") == 1
-        assert [spec.shape for spec in rewritten.states[0].specs] == [(1, 2, 32, 16), (1, 2, 64, 16), (1,), (515, 3)]
+        assert [spec.shape for spec in rewritten.states[0].specs] == [(1, 2, 32, 16), (1, 2, 64, 16), (1,), (515, 6)]
 
 
 def test_a_strategy_that_is_not_installed_can_be_tried() -> None:

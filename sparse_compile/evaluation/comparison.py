@@ -10,7 +10,8 @@ import torch
 from diffusers import WanPipeline
 from torch import Tensor
 
-from sparse_compile.config import BUDGETS, BUILT_IN_METHODS, Config, belongs, declared_options, set_in_environment
+from sparse_compile.budgets import BUDGETS
+from sparse_compile.config import BUILT_IN_METHODS, Config, belongs, declared_options, set_in_environment
 from sparse_compile.evaluation import metrics
 from sparse_compile.evaluation.demo_model import Scene, VideoSize, generate
 
