@@ -32,8 +32,8 @@ from sparse_compile.kernels.block_map.completion import complete_rows
 from sparse_compile.kernels.block_map.reference import log_mass, scores, select, shares
 from sparse_compile.phases import Phase
 from sparse_compile.plan import BITS_PER_WORD, pack_bits
-from sparse_compile.strategies.sparse_attention import PlanNodes, write_sparse_attention
-from sparse_compile.strategies.svg2 import Svg2
+from sparse_compile.strategies.sparse_attention import write_sparse_attention
+from sparse_compile.strategies.svg2 import Svg2, write_clusters
 
 if TYPE_CHECKING:
     from torch.fx import Node
@@ -59,38 +59,20 @@ class ErrorBudget(Svg2):
     def write(self, build: GraphBuilder, site: Site, phase: Phase) -> Node:
         """k-means as SVG2 has it, the plan by expected errors, sparse attention."""
         density, top_p = budget(build.config)
-        restart = phase is Phase.SEARCH
-        clusters = build.call(
-            "kmeans",
-            build.query,
-            build.key,
-            build.valid("query"),
-            build.valid("key"),
-            build.video_spans("query"),
-            build.video_spans("key"),
-            build.state("q_centroids"),
-            build.state("k_centroids"),
-            build.state("ready"),
-            restart,
-            build.config.kmeans_iters_init if restart else build.config.kmeans_iters,
-            build.config.seed,
-        )
-        groups = [build.item(clusters, index) for index in range(6)]
-        q_order, q_offsets, _, k_order, k_offsets, _ = groups
+        clusters = write_clusters(build, restart=phase is Phase.SEARCH)
         keep = build.call(
             f"{NAMESPACE}::plan",
             build.query,
             build.key,
             build.value,
-            *groups,
+            *clusters[:6],
             build.state("ready"),
             build.scale,
             density,
             top_p,
             build.padded_queries_attend(),
         )
-        plan = PlanNodes(q_order, q_offsets, k_order, k_offsets, keep)
-        return write_sparse_attention(build, plan, non_finite=build.item(clusters, 6))
+        return write_sparse_attention(build, clusters.plan(keep), non_finite=clusters.non_finite)
 
 
 def budget(config: Config) -> tuple[float | None, float]:

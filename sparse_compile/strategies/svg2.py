@@ -88,24 +88,8 @@ class Svg2:
 
     def write(self, build: GraphBuilder, site: Site, phase: Phase) -> Node:
         """k-means, plan, sparse attention; a search differs in how k-means starts and how long it runs."""
-        config = build.config
-        restart = phase is Phase.SEARCH
-        clusters = build.call(
-            "kmeans",
-            build.query,
-            build.key,
-            build.valid("query"),
-            build.valid("key"),
-            build.video_spans("query"),
-            build.video_spans("key"),
-            build.state("q_centroids"),
-            build.state("k_centroids"),
-            build.state("ready"),
-            restart,
-            config.kmeans_iters_init if restart else config.kmeans_iters,
-            config.seed,
-        )
-        made = _Clusters(*(build.item(clusters, index) for index in range(7)))
+        config, restart = build.config, phase is Phase.SEARCH
+        made = write_clusters(build, restart)
         if config.target_recall is None:
             return write_sparse_attention(build, _write_plan(build, made), non_finite=made.non_finite)
         plan, figures = _write_recall_plan(build, made, config.target_recall)
@@ -114,7 +98,7 @@ class Svg2:
         return write_sparse_attention(build, plan, figures=figures, non_finite=made.non_finite)
 
 
-class _Clusters(NamedTuple):
+class Clusters(NamedTuple):
     """The nodes of `kmeans`."""
 
     q_order: Node
@@ -126,7 +110,29 @@ class _Clusters(NamedTuple):
     non_finite: Node
 
     def plan(self, keep: Node) -> PlanNodes:
+        """The Plan of these clusters, text and padding, with a bitmap."""
         return PlanNodes(self.q_order, self.q_offsets, self.k_order, self.k_offsets, keep)
+
+
+def write_clusters(build: GraphBuilder, restart: bool) -> Clusters:
+    """Cluster q and k: from scratch, or from where the centroids of the state lie."""
+    config = build.config
+    clusters = build.call(
+        "kmeans",
+        build.query,
+        build.key,
+        build.valid("query"),
+        build.valid("key"),
+        build.video_spans("query"),
+        build.video_spans("key"),
+        build.state("q_centroids"),
+        build.state("k_centroids"),
+        build.state("ready"),
+        restart,
+        config.kmeans_iters_init if restart else config.kmeans_iters,
+        config.seed,
+    )
+    return Clusters(*(build.item(clusters, index) for index in range(7)))
 
 
 def _calibrated(config: Config) -> bool:
@@ -134,7 +140,7 @@ def _calibrated(config: Config) -> bool:
     return config.target_recall is not None and config.probe_rows > 0
 
 
-def _write_plan(build: GraphBuilder, clusters: _Clusters) -> PlanNodes:
+def _write_plan(build: GraphBuilder, clusters: Clusters) -> PlanNodes:
     """A plan by a fixed density, or by the paper's top-p."""
     config = build.config
     keep = build.call(
@@ -155,7 +161,7 @@ def _write_plan(build: GraphBuilder, clusters: _Clusters) -> PlanNodes:
     return clusters.plan(keep)
 
 
-def _write_recall_plan(build: GraphBuilder, clusters: _Clusters, target: float) -> tuple[PlanNodes, PlanFigures]:
+def _write_recall_plan(build: GraphBuilder, clusters: Clusters, target: float) -> tuple[PlanNodes, PlanFigures]:
     """A plan that is to keep the target share of the mass; the estimate that it goes by is calibrated for the next."""
     config = build.config
     asked = build.state("asked") if _calibrated(config) else None
