@@ -10,10 +10,12 @@ from kernel_oracles import OPS, fields_of, random_plan, random_tensor
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from kernels import test_attention_with_lse, test_ops, test_token_blocks
+from kernels import test_attention_with_lse, test_ops, test_recall_plans, test_token_blocks
 
 MADE_BY = "reference"
 """What makes the arguments."""
+RECALL = ("plan_measured_recall", "calibrate_recall", "keep_weak_heads_whole")
+"""Ops of tests/kernels/test_recall_plans.py that the other files do not call."""
 Op = Any
 Call = tuple[Op, tuple[Any, ...]]
 
@@ -44,7 +46,7 @@ def block_mass_arguments(fresh: bool) -> tuple[Any, ...]:
 def calls() -> dict[str, Call]:
     """Every op, with arguments on the CPU."""
     top_k = top_k_arguments()
-    paired = (torch.full((2, 4), 0.7), torch.full((2, 4), 0.5), torch.zeros(2, 4), MADE_BY)
+    paired = (torch.full((2, 4), 0.7), torch.full((2, 4), 0.5), torch.zeros(2, 4), torch.zeros(2, 4), MADE_BY)
     return {
         **{name: (op, make(MADE_BY, **options)) for name, (op, make, options) in test_ops.CALLS.items()},
         "attention_with_lse": (OPS.attention_with_lse, test_attention_with_lse.op_args(MADE_BY, False)),
@@ -57,6 +59,7 @@ def calls() -> dict[str, Call]:
         "kept_blocks": (OPS.kept_blocks, (*top_k[5:7], *top_k[1:5], False, MADE_BY)),
         "kept_mass": (OPS.kept_mass, kept_mass_arguments()),
         "paired_kept_mass": (OPS.paired_kept_mass, paired),
+        **{op: (getattr(OPS, op), test_recall_plans.arguments_of(op, MADE_BY)) for op in RECALL},
     }
 
 
@@ -70,6 +73,7 @@ CALL_OF_EACH_KERNEL = (
     "attention_with_lse-masked",
     "block_mass-kept",
     "plan_top_k",
+    "plan_measured_recall",
     "kept_mass",
 )
 
@@ -84,7 +88,7 @@ def arguments(call: str, device: str) -> tuple[Any, ...]:
 
 
 def as_tuple(result: Any) -> tuple[Tensor, ...]:
-    return (result,) if isinstance(result, Tensor) else tuple(result)
+    return (result,) if isinstance(result, Tensor) else tuple(result or ())  # an op may only write
 
 
 def test_every_op_is_called() -> None:
