@@ -78,6 +78,8 @@ def options_of(size: ModelSize, method: str, settings: Settings) -> dict[str, ob
     """What ``torch.compile(…, options=…)`` gets."""
     options: dict[str, object] = {"method": method, "kernel": settings.kernel, "lowering": settings.lowering}
     options |= {"density": settings.density} if method == "svg2" else {"sparsity": 1 - settings.density}
+    if method == "adaspa":
+        options["monitor"] = False  # the phases that are timed are those of the schedule
     return options | (TOY_OPTIONS[method] if size.name.startswith("toy") else {})
 
 

@@ -67,6 +67,10 @@ def inputs_of(size: VideoModel, dtype: torch.dtype) -> list[dict[str, Any]]:
     return steps
 
 
+SCHEDULED: Mapping[str, Mapping[str, object]] = {"adaspa": {"monitor": False}}
+"""The phases that are timed are those of the schedule: no search is saved or added by what the probe rows say."""
+
+
 def expected_phases(options: Mapping[str, Any], steps: int) -> list[Phase]:
     """The phase of each step, from the strategy itself."""
     config = Config.from_options(options, environ={})
@@ -87,7 +91,9 @@ def measure_generations(dtype: str, sizes: Sizes, timer: CpuTimer, lowering: str
     size = sizes.model
     inputs = inputs_of(size, DTYPES[dtype])
     eager = build(size, DTYPES[dtype])
-    options = {method: {"method": method, **sizes.options[method]} for method in sizes.methods}
+    options = {
+        method: {"method": method, **sizes.options[method], **SCHEDULED.get(method, {})} for method in sizes.methods
+    }
     phases = {method: expected_phases(options[method], size.steps) for method in sizes.methods}
     dense, sparse = copy.deepcopy(eager), {method: copy.deepcopy(eager) for method in sizes.methods}
     calls: dict[str, Callable[..., Any]] = {
