@@ -53,7 +53,7 @@ def unreached_warning(calls: Sequence[CallReport]) -> str | None:
     if not shares:
         return None
     return (
-        f"max_density keeps up to {max(shares.values()):.0%} of the queries below target_recall in {_named(shares)};"
+        f"max_density keeps up to {max(shares.values()):.0%} of the queries below target_recall in {named(shares)};"
         " heads with more than half of such queries attend to everything; raise max_density, or lower target_recall"
     )
 
@@ -73,11 +73,12 @@ def whole_heads_warning(heads: Iterable[HeadReport], min_recall: Mapping[str, fl
     if not found:
         return None
     return (
-        f"{sum(found.values())} heads attend to everything, for a plan would keep less than min_recall: {_named(found)}"
+        f"{sum(found.values())} heads attend to everything, for a plan would keep less than min_recall: {named(found)}"
     )
 
 
-def _named(layers: Iterable[str]) -> str:
+def named(layers: Iterable[str]) -> str:
+    """Layers as a line names them: the first few, and how many more."""
     names = list(layers)
     more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
     return ", ".join(names[:MOST_NAMES]) + more

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from sparse_compile.call_log import read_heads
 from sparse_compile.phases import Phase
+from sparse_compile.runtime.budget_notes import named
 from sparse_compile.runtime.call_figures import CallReport
 
 if TYPE_CHECKING:
@@ -22,8 +23,6 @@ same architecture with random weights 0.02 to 0.09.
 """
 DENSE_ENOUGH = 0.9
 """From this density on the gain says little: so small a rest is skipped that probe rows cannot weigh it."""
-MOST_NAMES = 6
-"""Layers that a warning names; it counts the others."""
 
 
 @dataclass
@@ -131,11 +130,10 @@ def uniformity_warning(heads: Iterable[HeadReport]) -> str | None:
     if not found:
         return None
     names = list(dict.fromkeys(report.layer for report in found))
-    more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
     density = fmean(value for report in found for value in report.density)
     mass = fmean(value for report in found for value in report.kept_mass or [])
     return (
-        f"attention is nearly uniform in {', '.join(names[:MOST_NAMES])}{more}: a density of {density:.2f} keeps only"
+        f"attention is nearly uniform in {named(names)}: a density of {density:.2f} keeps only"
         f" {mass:.2f} of the mass; what is skipped matters as much as what is kept; keep these layers dense"
         " (dense_layers), or compute more of them"
     )
