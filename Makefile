@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help venv demo test test-slow sanitize lint options-table quality-tables torch-versions
+.PHONY: help venv demo test test-slow sanitize lint docs docs-serve options-table quality-tables torch-versions
 
 help:
 	@echo "make demo            generate small videos, dense and sparse, and compare them"
@@ -15,6 +15,8 @@ help:
 	@echo "make test-slow       the tests that compile models"
 	@echo "make sanitize        the tests of the C++ kernels, compiled with AddressSanitizer and UBSan"
 	@echo "make lint            ruff and mypy"
+	@echo "make docs            the documentation site, into build/site; a warning is an error"
+	@echo "make docs-serve      the same while you write, on 127.0.0.1:8000"
 	@echo "make options-table   write the options table into README.md"
 	@echo "make quality-tables  write figures of quality into README.md and docs, from benchmarks/results"
 	@echo "make torch-versions  the quick tests under each of TORCH_VERSIONS ($(TORCH_VERSIONS))"
@@ -25,7 +27,7 @@ venv: $(STAMP)
 $(STAMP): constraints.txt pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed") if sys.version_info < (3, 11) else None'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install $(PIP_ARGS) -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install $(PIP_ARGS) -c constraints.txt -e '.[dev,docs]'
 	touch $@
 
 demo: $(STAMP)
@@ -51,6 +53,12 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+docs-serve: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
 
 options-table: $(STAMP)
 	$(BIN)/python -m sparse_compile.cli.options_table --write README.md
