@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from tiny_model_tables import Row
-from tiny_models import BUILDERS, FULLGRAPH
+from families.case import Case, Row
+from families.table import case_of
 from torch import fx
 
 from sparse_compile.compiler.torch_internals import graph_inputs
@@ -23,7 +23,12 @@ SMALL = Config(min_tokens=64)
 
 
 def capture_model(name: str, *, regional: bool = False, dynamic: bool | None = None) -> list[Captured]:
-    model, kwargs = BUILDERS[name]()
+    """The graphs of a family of the table."""
+    return capture_case(case_of(name), regional=regional, dynamic=dynamic)
+
+
+def capture_case(case: Case, *, regional: bool = False, dynamic: bool | None = None) -> list[Captured]:
+    model, kwargs = case.build()
     seen: list[Captured] = []
 
     def record(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -31,7 +36,7 @@ def capture_model(name: str, *, regional: bool = False, dynamic: bool | None = N
         return graph_module.forward
 
     torch.compiler.reset()
-    options: dict[str, Any] = {"backend": record, "fullgraph": name in FULLGRAPH, "dynamic": dynamic}
+    options: dict[str, Any] = {"backend": record, "fullgraph": case.fullgraph, "dynamic": dynamic}
     with torch.no_grad():
         if regional:
             model.compile_repeated_blocks(**options)

@@ -100,7 +100,7 @@ def generate_wan(
 
     Args:
         call: the model, compiled.
-        kwargs: its arguments, from `tiny_models`.
+        kwargs: its arguments, from the families.
         clock: tells the number of steps.
         branches: which of them run.
     """

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 from diffusers import CogVideoXDDIMScheduler, CogVideoXPipeline, FlowMatchEulerDiscreteScheduler, WanPipeline
+from families.cogvideox import cogvideox
+from families.wan import wan_t2v
 from generations import QUICK
-from tiny_models import cogvideox, wan_t2v
 from torch import Tensor, nn
 
 import sparse_compile

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from families.wan import wan_t2v
 from generations import BRANCHES, assert_same, generate, generate_wan, layers_of, phases, state_tensors
-from tiny_models import wan_t2v
 from torch import Tensor, nn
 from toy_models import Stack, tokens
 

@@ -8,10 +8,8 @@ from typing import Any
 import pytest
 import torch
 from attention_blocks import TEXT, TOKENS, Joint, text, video
+from families.table import case_of
 from generations import BRANCHES
-from tiny_model_tables import EXPECTED, REGIONAL
-from tiny_model_tables import SPARSE as SPARSE_VERDICT
-from tiny_models import BUILDERS, FULLGRAPH
 from torch import Tensor, nn
 
 import sparse_compile
@@ -42,9 +40,12 @@ QUICK_EXACT = (("wan_t2v", False), ("hunyuan_video", True), ("ltx", True))
 QUICK_SKIPPING = (("cogvideox", False), ("ltx", True))
 GATHERS_TEXT = "mochi"
 """Its number of text tokens depends on data, so the plan's state would: no AdaSpa."""
-GOES_SPARSE = {name for name, rows in EXPECTED.items() if any(row.verdict == SPARSE_VERDICT for row in rows)} - {
-    GATHERS_TEXT
-}
+NAMES = (
+    *("wan_t2v", "wan_ti2v_per_token_time", "wan_i2v", "wan_vace", "hunyuan_video", "cogvideox", "cogvideox_rope"),
+    *("ltx", "mochi", "cosmos", "allegro", "latte", "flux", "sd3"),
+)
+"""One family of each layout, and some more."""
+GOES_SPARSE = {name for name in NAMES if case_of(name).goes_sparse()} - {GATHERS_TEXT}
 
 
 def cases(names: set[str], quick: tuple[tuple[str, bool], ...]) -> list[Any]:
@@ -56,9 +57,9 @@ def cases(names: set[str], quick: tuple[tuple[str, bool], ...]) -> list[Any]:
             id=f"{'regional' if regional else 'whole'}-{name}",
             marks=() if (name, regional) in quick else SLOW,
         )
-        for name in BUILDERS
+        for name in NAMES
         for regional in (False, True)
-        if name in names and (not regional or name in REGIONAL)
+        if name in names and (not regional or case_of(name).regional is not None)
     ]
 
 
@@ -105,9 +106,9 @@ def largest_error(got: Tensor, want: Tensor) -> float:
 
 def run(name: str, regional: bool, **options: Any) -> tuple[sparse_compile.Report, Outputs, Outputs]:
     """One generation of a tiny model: its report, its outputs, and those of dense attention."""
-    model, kwargs = BUILDERS[name]()
+    model, kwargs = case_of(name).build()
     wanted = dense(model, kwargs)
-    call = compiled(model, regional, fullgraph=name in FULLGRAPH, **options)
+    call = compiled(model, regional, fullgraph=case_of(name).fullgraph, **options)
     with sparse_compile.denoising(model, steps=len(PHASES)) as clock:
         outputs = generate(call, clock, kwargs)
         return sparse_compile.explain(model), outputs, wanted
@@ -126,7 +127,7 @@ def assert_all_phases(report: sparse_compile.Report) -> None:
 # ---------------------------------------------------------------------- exact, and able to fail
 
 
-@pytest.mark.parametrize(("name", "regional"), cases(set(BUILDERS), QUICK_EXACT))
+@pytest.mark.parametrize(("name", "regional"), cases(set(NAMES), QUICK_EXACT))
 def test_a_full_plan_equals_dense_in_every_phase(name: str, regional: bool) -> None:
     report, outputs, wanted = run(name, regional, sparsity=0, correction="coupled")
     assert_equals_dense(outputs, wanted)
@@ -176,7 +177,7 @@ GRAPHS = [
 def test_each_sparse_graph_is_compiled_once_a_phase_and_never_again(
     name: str, regional: bool, sparse: int, others: int
 ) -> None:
-    model, kwargs = BUILDERS[name]()
+    model, kwargs = case_of(name).build()
     call = compiled(model, regional, **SKIPPING)
     expected = sparse * len(set(PHASES)) + others
     with sparse_compile.denoising(model, steps=len(PHASES)) as clock:
@@ -200,7 +201,7 @@ WORDS = {"hunyuan_video": (9, 5), "ltx": (15, 22)}
 
 def prompts(name: str) -> tuple[nn.Module, Inputs, list[Inputs]]:
     """A model, two prompts padded into one batch, and each of them alone without padding."""
-    model, kwargs = BUILDERS[name]()
+    model, kwargs = case_of(name).build()
     words = WORDS[name]
     batched = {
         key: value if not isinstance(value, Tensor) else value.repeat(2, *[1] * (value.ndim - 1))[:2]

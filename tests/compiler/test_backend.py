@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_model_tables import REGIONAL
-from tiny_models import BUILDERS, FULLGRAPH
+from families.wan import wan_t2v
 from torch._dynamo.exc import BackendCompilerFailed
 from toy_models import EAGER, Block, Stack, tokens
 
@@ -18,8 +17,6 @@ from sparse_compile.compiler import pipeline
 from sparse_compile.errors import StrictModeError
 from sparse_compile.runtime.registry import REGISTRY
 from sparse_compile.strategies.svg2 import Svg2
-
-SLOW = pytest.mark.slow
 
 
 @pytest.fixture(autouse=True)
@@ -141,45 +138,6 @@ def test_all_dense_is_bitwise_what_inductor_gives() -> None:
     assert torch.equal(ours, plain)
 
 
-QUICK = ("wan_t2v", "hunyuan_video", "cogvideox", "ltx")
-MODELS = [
-    pytest.param(
-        name, regional, id=f"{'regional' if regional else 'whole'}-{name}", marks=() if name in QUICK else SLOW
-    )
-    for name in BUILDERS
-    for regional in (False, True)
-    if not regional or name in REGIONAL
-]
-
-
-@pytest.mark.parametrize(("name", "regional"), MODELS)
-def test_everything_kept_equals_dense(name: str, regional: bool) -> None:
-    """Promise 1, on two calls of two branches each, with weights that make a wrong attention visible."""
-    model, kwargs = BUILDERS[name]()
-    options = {"lowering": "eager", "min_tokens": 64, "dense_steps": 0, "dense_layers": 0, "top_p": 1.0}
-    calls = [kwargs, {**kwargs, "hidden_states": kwargs["hidden_states"] * 0.9 + 0.05}]
-    with torch.no_grad():
-        wanted = [model(**inputs, return_dict=False)[0] for inputs in calls]
-        if regional:
-            model.compile_repeated_blocks(backend="sparse_attn", options=options)
-            run = model
-        else:
-            run = torch.compile(model, backend="sparse_attn", options=options, fullgraph=name in FULLGRAPH)
-        with sparse_compile.denoising(model, steps=2) as clock:
-            for inputs, want in zip(calls, wanted, strict=True):
-                for branch in ("cond", "uncond"):
-                    with clock.branch(branch):
-                        got = run(**inputs, return_dict=False)[0]
-                    assert (got - want).abs().max() <= 2e-4 * want.abs().max()
-                clock.step()
-    report = sparse_compile.explain(model)
-    sparse = [site for site in report.sites if site.decision == "sparse"]
-    assert bool(sparse) == (name not in ("allegro", "latte"))
-    if sparse:
-        assert report.density == 1.0
-        assert {step.phase for step in report.generations[0].steps} == {"search", "sparse"}
-
-
 def test_strict_names_the_unsupported_site_and_the_remedy() -> None:
     class Causal(Block):
         def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -279,7 +237,7 @@ def test_an_export_is_the_model_as_it_was() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["dense", "svg2"])
 def test_dense_phases_of_a_diffusers_model_are_bitwise_what_inductor_gives(method: str) -> None:
-    model, kwargs = BUILDERS["wan_t2v"]()
+    model, kwargs = wan_t2v()
     options = {"method": method, "min_tokens": 64, "dense_steps": 1}
     with torch.no_grad(), sparse_compile.denoising(model, steps=2):
         ours = torch.compile(model, backend="sparse_attn", options=options)(**kwargs, return_dict=False)[0]

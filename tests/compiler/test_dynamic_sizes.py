@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import cogvideox, hunyuan_video, wan_t2v
+from families.cogvideox import cogvideox
+from families.hunyuan import hunyuan_video
+from families.wan import wan_t2v
 from toy_models import EAGER, Stack, tokens
 
 import sparse_compile

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from families.table import case_of
+from families.wan import wan_t2v
 from generations import BRANCHES, generate_wan
-from tiny_models import BUILDERS, wan_t2v
 from torch import Tensor, nn
 from toy_models import EAGER, Stack, tokens
 
@@ -177,7 +178,7 @@ def test_inductor_gives_what_the_rewritten_graph_gives_as_it_is(regional: bool) 
 def test_compilations_are_phases_times_sparse_graphs_plus_the_others(name: str, regional: bool) -> None:
     """Promise 2, against the number of graphs that a backend which only counts receives."""
     graphs = {"sparse": 0, "other": 0}
-    model, kwargs = BUILDERS[name]()
+    model, kwargs = case_of(name).build()
 
     def counting(graph_module: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         sites = find_sites(graph_module, inputs, graph_inputs(graph_module), planner_of(min_tokens=64))
@@ -187,7 +188,7 @@ def test_compilations_are_phases_times_sparse_graphs_plus_the_others(name: str, 
 
     def run(backend: Any, steps: int, **how: Any) -> None:
         nonlocal model
-        model, _ = BUILDERS[name]()
+        model, _ = case_of(name).build()
         if regional:
             model.compile_repeated_blocks(backend=backend, **how)
             call: Callable[..., Any] = model

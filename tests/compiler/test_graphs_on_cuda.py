@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import cogvideox, hunyuan_video, wan_t2v
+from families.cogvideox import cogvideox
+from families.hunyuan import hunyuan_video
+from families.wan import wan_t2v
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from toy_models import Stack, tokens

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from families.wan import wan_t2v
 from generations import layers_of, phases
-from tiny_models import wan_t2v
 from tiny_pipelines import (
     FOUR,
     HOOKED,

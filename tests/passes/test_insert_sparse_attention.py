@@ -7,7 +7,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_models import cogvideox, hunyuan_video, wan_t2v
+from families.cogvideox import cogvideox
+from families.hunyuan import hunyuan_video
+from families.wan import wan_t2v
 from torch import Tensor
 from toy_models import EAGER, Block, Stack, tokens
 

@@ -1,0 +1,26 @@
+"""The table of families: every model that is held to have its sites found, and its output unchanged."""
+
+from __future__ import annotations
+
+from families import cogvideox, cosmos, flux, hunyuan, latte, ltx, mochi, sd3, wan
+from families.case import Case
+
+GROUPS: dict[str, tuple[Case, ...]] = {
+    "wan": wan.CASES,
+    "hunyuan": hunyuan.CASES,
+    "cogvideox": cogvideox.CASES,
+    "ltx": ltx.CASES,
+    "mochi": mochi.CASES,
+    "cosmos": cosmos.CASES,
+    "latte": latte.CASES,
+    "flux": flux.CASES,
+    "sd3": sd3.CASES,
+}
+"""Cases of related families, by the name of their module."""
+
+CASES: tuple[Case, ...] = tuple(case for cases in GROUPS.values() for case in cases)
+
+
+def case_of(name: str) -> Case:
+    """The case of this name."""
+    return next(case for case in CASES if case.name == name)
