@@ -9,14 +9,13 @@ from typing import Any
 
 from torch import nn
 
-from sparse_compile.compiler import torch_internals
 from sparse_compile.config import Config
+from sparse_compile.enabling import disable_models, enable_pipeline
 from sparse_compile.errors import SparseAttentionError
 from sparse_compile.runtime.clock import Clock
+from sparse_compile.runtime.enabled import Compilation
 from sparse_compile.runtime.registry import REGISTRY
 from sparse_compile.runtime.report import Report, build_report
-
-BACKEND = "sparse_attn"
 
 
 def attach(pipe: object) -> Clock:
@@ -31,12 +30,7 @@ def attach(pipe: object) -> Clock:
     Raises:
         SparseAttentionError: it is no such pipeline, or another clock drives its transformer.
     """
-    if importlib.util.find_spec("diffusers") is None:
-        raise SparseAttentionError(
-            "attach needs diffusers",
-            type(pipe).__name__,
-            "Install it (pip install diffusers), or use `sparse_compile.denoising(model, steps=...)`.",
-        )
+    _require_diffusers("attach", pipe)
     from sparse_compile.integrations.diffusers import attach_pipeline
 
     return attach_pipeline(pipe)
@@ -71,54 +65,46 @@ def denoising(model: nn.Module, steps: int) -> Iterator[Clock]:
         REGISTRY.release(clock)
 
 
-def enable(pipe: Any, *, regional: bool = False, **options: object) -> Clock:
+def enable(
+    pipe: Any,
+    *,
+    regional: bool | None = None,
+    fullgraph: bool = False,
+    dynamic: bool | None = None,
+    **options: object,
+) -> Clock:
     """Compile a pipeline's transformers in place with this backend, and attach the pipeline.
+
+    Once more with the same arguments changes nothing; with others, what was enabled is undone first. `explain` says
+    what was compiled of each model, and why that.
 
     Args:
         pipe: a diffusers pipeline.
-        regional: compile the repeated blocks only (faster to compile; not every model names them).
+        regional: compile the repeated blocks one by one, which is faster than the whole model at once. None: where a
+            model names them and all of its attention lies in them. Attention outside of them would not be seen.
+        fullgraph: as for `torch.compile`: a graph break is an error.
+        dynamic: as for `torch.compile`: True compiles once for a range of sizes.
         options: see `Config`.
 
     Raises:
-        SparseAttentionError: as `attach`; or an option is unknown or out of range.
+        SparseAttentionError: as `attach`; an option is unknown or out of range; the pipeline has no transformer;
+            ``regional=True`` and a model names no repeated blocks; a model was compiled by somebody else, or enabled
+            with other options for another pipeline.
     """
-    Config.from_options(options)
-    clock = attach(pipe)
-    modules = [module for model in _models_of(pipe, "enable").values() for module in model.modules()]
-    before = [torch_internals.compiled_call(module) for module in modules]
-    try:
-        for model in _models_of(pipe, "enable").values():
-            if regional:
-                model.compile_repeated_blocks(backend=BACKEND, options=options)  # type: ignore[operator]  # diffusers' method
-            else:
-                model.compile(backend=BACKEND, options=options)
-    except Exception:
-        _note_compiled(modules, before)
-        disable(pipe)
-        raise
-    _note_compiled(modules, before)
-    return clock
-
-
-def _note_compiled(modules: list[nn.Module], before: list[object]) -> None:
-    """Remember which modules were compiled since ``before`` was taken."""
-    after = map(torch_internals.compiled_call, modules)
-    REGISTRY.enabled.update(m for m, old, new in zip(modules, before, after, strict=True) if new is not old)
+    compilation = Compilation(Config.from_options(options), regional, fullgraph, dynamic)
+    _require_diffusers("enable", pipe)
+    return enable_pipeline(pipe, compilation, options, REGISTRY)
 
 
 def disable(pipe: Any) -> None:
-    """Undo `enable` and `attach`: what `enable` compiled runs as it was, and nothing drives a clock.
+    """Undo `enable` and `attach`: everything is as it was, also for other pipelines with the same transformers.
+
+    Models that the pipeline was enabled with and has no more are found too. What somebody else has compiled stays.
 
     Raises:
         SparseAttentionError: it is no pipeline.
     """
-    for model in _models_of(pipe, "disable").values():
-        clock = REGISTRY.attached_clock(model)
-        if clock is not None:
-            REGISTRY.detach(clock)
-        for module in REGISTRY.enabled.intersection(model.modules()):
-            torch_internals.undo_compile_in_place(module)
-            REGISTRY.enabled.discard(module)
+    disable_models(pipe, _models_of(pipe, "disable").values(), REGISTRY)
 
 
 def explain(model_or_pipe: Any) -> Report:
@@ -131,6 +117,15 @@ def explain(model_or_pipe: Any) -> Report:
         SparseAttentionError: it is neither.
     """
     return build_report(_models_of(model_or_pipe, "explain"), REGISTRY)
+
+
+def _require_diffusers(caller: str, pipe: object) -> None:
+    if importlib.util.find_spec("diffusers") is None:
+        raise SparseAttentionError(
+            f"{caller} needs diffusers",
+            type(pipe).__name__,
+            "Install it (pip install diffusers), or use `sparse_compile.denoising(model, steps=...)`.",
+        )
 
 
 def _models_of(model_or_pipe: Any, caller: str) -> Mapping[str, nn.Module]:

@@ -35,7 +35,8 @@ MAY_IMPORT = {
     "runtime": (*LEAVES, "runtime", "strategies.base"),
     "compiler": (*LEAVES, "compiler", "kernels.cpp", "ops", "passes", "runtime", "strategies"),
     "integrations": (*LEAVES, "integrations", "runtime"),
-    "api": (*LEAVES, "compiler.torch_internals", "integrations", "runtime"),
+    "enabling": (*LEAVES, "compiler.in_place", "integrations", "runtime"),
+    "api": (*LEAVES, "enabling", "integrations", "runtime"),
     "evaluation": (
         *LEAVES,
         "api",

@@ -26,6 +26,8 @@ RECOMPILE_LIMIT = 64
 
 _WORDS = re.compile(r"\w+")
 _WRAPPERS = frozenset({"self", "kwargs", "fn", "_orig_mod", "__dict__", "_modules", "_parameters", "_buffers"})
+ORIGINAL_CALLABLE = "_torchdynamo_orig_callable"
+"""The attribute of a function that `torch.compile` returned."""
 _MODULE_PARTS = ("_modules", "_parameters", "_buffers")
 
 
@@ -185,11 +187,17 @@ def symbols_of(size: int | torch.SymInt) -> frozenset[Any]:
     return frozenset() if isinstance(size, int) else frozenset(size.node.expr.free_symbols)
 
 
+def is_compiled(module: torch.nn.Module) -> bool:
+    """Whether a module is the wrapper that `torch.compile` returns, was compiled in place, or its forward was."""
+    forward = vars(module).get("forward")
+    return "_orig_mod" in module._modules or compiled_call(module) is not None or hasattr(forward, ORIGINAL_CALLABLE)
+
+
 def compiled_call(module: torch.nn.Module) -> object:
     """What `Module.compile` put in place of the module's call; None where it was not called."""
     return module._compiled_call_impl
 
 
 def undo_compile_in_place(module: torch.nn.Module) -> None:
-    """Make a module run as it did before `Module.compile`."""
-    module._compiled_call_impl = None
+    """Make a module what it was before `Module.compile`."""
+    vars(module).pop("_compiled_call_impl", None)  # the class says None

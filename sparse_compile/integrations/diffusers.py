@@ -167,6 +167,10 @@ class PipelineDriver:
         self._hooks.clear()
         self._scheduler_hooks.clear()
 
+    def belongs_to(self, pipe: object) -> bool:
+        """Whether it is the driver of this pipeline."""
+        return self._pipe() is pipe
+
     def drives(self, scheduler: Any) -> bool:
         """Whether the clock is moved when this scheduler is."""
         return any(hook.owner() is scheduler for hook in self._scheduler_hooks)

@@ -24,6 +24,7 @@ from sparse_compile.errors import SparseAttentionError
 from sparse_compile.phases import Phase
 from sparse_compile.runtime.by_parameter import ByParameter
 from sparse_compile.runtime.clock import Claim, Clock
+from sparse_compile.runtime.enabled import Enabled
 from sparse_compile.runtime.report import GraphRecord, SiteRecord
 from sparse_compile.runtime.state import Layer, LayerGroup
 from sparse_compile.strategies.base import Planner, Strategy
@@ -38,6 +39,9 @@ class Source(Protocol):
 
     def detach(self) -> None:
         """Stop doing so, and leave nothing behind."""
+
+    def belongs_to(self, pipe: object) -> bool:
+        """Whether it stands for this pipeline."""
 
 
 Finder = Callable[[], bool]
@@ -63,8 +67,8 @@ class Registry:
         self._planners: dict[Config, Planner] = {}
         self._sources: WeakKeyDictionary[Clock, WeakSet[Source]] = WeakKeyDictionary()
         self._finders: dict[str, str] = {}
-        self.enabled: WeakSet[nn.Module] = WeakSet()
-        """Modules that `enable` compiled in place, for `disable` to undo."""
+        self.enabled: WeakKeyDictionary[nn.Module, Enabled] = WeakKeyDictionary()
+        """Models that `enable` compiled in place, for `disable` to undo."""
         self._warned_no_clock = False
         self.unowned: deque[GraphRecord] = deque(maxlen=UNOWNED)
         """The newest graphs without any Parameter, which belong to no model; every report shows them apart."""
@@ -223,6 +227,11 @@ class Registry:
         """The clock of this model, if it was attached to a source of time."""
         claims = (self._claims.get(parameter) for parameter in model.parameters())
         return next((claim.clock for claim in claims if claim is not None and claim.clock in self._sources), None)
+
+    def clocks_moved_for(self, pipe: object) -> list[Clock]:
+        """The clocks that a pipeline moves, the newest first."""
+        moved = (clock for clock in self._sources if any(source.belongs_to(pipe) for source in self.sources(clock)))
+        return list(moved)[::-1]
 
     def sources(self, clock: Clock) -> list[Source]:
         """What moves a clock."""

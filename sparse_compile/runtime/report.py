@@ -104,6 +104,8 @@ class Report:
     """Every call of every layer, of which the generations are the means. Not in `to_dict`: a run of 60 layers and 50
     steps has 6000."""
     warnings: list[str] = field(default_factory=list)
+    compiled: list[str] = field(default_factory=list)
+    """What `enable` compiled of each model, and why that."""
 
     @property
     def density(self) -> float | None:
@@ -132,6 +134,7 @@ class Report:
             "generations": [asdict(generation) for generation in self.generations],
             "heads": [asdict(heads) for heads in self.heads],
             "warnings": list(self.warnings),
+            "compiled": list(self.compiled),
         }
 
     def __str__(self) -> str:
@@ -139,7 +142,8 @@ class Report:
         rows = [(s.layer, s.role, s.layout, s.decision, s.detail or s.reason or "") for s in self.sites]
         lines = _table(header, rows) if rows else ["no attention was compiled yet"]
         sparse = sum(site.decision == "sparse" for site in self.sites)
-        lines += ["", f"{sparse} of {len(self.sites)} sites sparse, {self.compilations} compilations"]
+        lines += ["", *(f"compiled: {compiled}" for compiled in self.compiled)]
+        lines += [f"{sparse} of {len(self.sites)} sites sparse, {self.compilations} compilations"]
         if self.other_compilations:
             lines.append(f"{self.other_compilations} more of graphs without Parameters, of this model or another")
         for number, generation in enumerate(self.generations, 1):
@@ -162,6 +166,10 @@ def build_report(models: Mapping[str, nn.Module], registry: Registry) -> Report:
     report = Report()
     layers: list[tuple[str, Layer]] = []
     for prefix, model in models.items():
+        enabled = registry.enabled.get(model)
+        if enabled is not None:
+            report.compiled.append(f"{prefix or type(model).__name__}: {enabled.choice}")
+            report.warnings += [enabled.warning] if enabled.warning else []
         names = {parameter: _path(prefix, name) for name, parameter in model.named_parameters()}
         for parameter, records in registry.recorded(names):
             path = names[parameter]  # type: ignore[index]  # a Parameter
