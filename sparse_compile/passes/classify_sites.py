@@ -33,12 +33,11 @@ Refusal = Callable[[Site], Reason | None]
 DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32})
 MAX_HEAD_DIM, HEAD_DIM_STEP = 256, 8
 TEXT_MODULES = ("Refiner", "Connector")
-"""Words in the class of a module that attends among text, whatever its input is called."""
+"""Words in the class of a module that attends among text, where nothing else tells what its only input holds."""
 
 SELF, JOINT, CROSS, EXTRA = "self", "joint", "cross", "self+extra"
 BY_ROLE = {
     CROSS: Reason.CROSS_ATTENTION,
-    EXTRA: Reason.EXTRA_KEYS,
     "text-self": Reason.TEXT_ONLY,
     "audio-self": Reason.AUDIO_ONLY,
     "image-self": Reason.IMAGE_ONLY,
@@ -74,8 +73,8 @@ def _classified(site: Site, config: Config, inputs: Inputs, unsupported_reason: 
         if site.nested:
             return site.decided(Reason.DENSE_METHOD if config.method == "dense" else Reason.NESTED)
         findings = _read(site, inputs, memo)
-        findings = _with_given_text(findings, config, inputs)
-        return findings.site.decided(_verdict(findings, config, unsupported_reason), _note(findings, inputs))
+        findings = _with_given_text(findings, config)
+        return findings.site.decided(_verdict(findings, config, unsupported_reason), _note(findings, config))
     except Exception as error:  # whatever the graph holds, the user's model must still compile
         log.exception("the analysis of %s failed; it stays dense", site.name or site.node.name)
         return site.decided(Reason.ANALYSIS_FAILED, f"{type(error).__name__}: {error}")
@@ -95,6 +94,8 @@ class _Findings:
     """Whether the batch holds frames or space."""
     same_axis: bool
     """Whether queries and keys are equally many."""
+    text_may_hide: bool
+    """Whether text and video may have been joined before the graph."""
 
 
 def _read(site: Site, inputs: Inputs, memo: Memo) -> _Findings:
@@ -108,9 +109,10 @@ def _read(site: Site, inputs: Inputs, memo: Memo) -> _Findings:
     )
     return _Findings(
         complete,
-        reordered=_reordered([*query, *key], inputs),
+        reordered=_reordered(query, inputs) or _reordered(key, inputs),
         factorised=_factorised(site.query, query, inputs, memo),
         same_axis=site.query_sizes[-2] == site.key_sizes[-2],
+        text_may_hide=_text_may_hide(complete, inputs),
     )
 
 
@@ -141,7 +143,7 @@ def _same_tokens(query: Sequence[Part], key: Sequence[Part]) -> bool:
 def _contains(key: Sequence[Part], query: Sequence[Part], inputs: Inputs) -> bool:
     """Whether the keys hold the queries' tokens and more: a reference, a history, a cache."""
     roles = {role_of_part(p, inputs) for p in query}
-    shared = roles & {role_of_part(p, inputs) for p in key}
+    shared = (roles | {MIXED}) & {role_of_part(p, inputs) for p in key}
     longer = total(query).hint < total(key).hint
     return bool(roles - UNNAMED_ROLES and shared) and longer and all_origins(query) <= all_origins(key)
 
@@ -154,19 +156,26 @@ def _reordered(parts: Sequence[Part], inputs: Inputs) -> bool:
 
 
 def _factorised(query: fx.Node, tokens: Sequence[Part], inputs: Inputs, memo: Memo) -> bool:
-    """Whether another axis of the input that the tokens come from was folded into the batch."""
-    sources = {axis[0] for p in tokens if is_visual(p, inputs) for axis in p.axes if axis is not None}
-    batch = [axis for p in trace_tokens(query, 0, inputs, memo) for axis in p.axes if axis is not None]
-    return any(node in sources and dim != 0 for node, dim in batch)
+    """Whether another axis of the input that the tokens come from was folded into the batch.
+
+    The batch of an input is its first axis; of one whose tokens come first, it is the one axis that is left.
+    """
+    along = {axis for p in tokens if is_visual(p, inputs) for axis in p.axes if axis is not None}
+    batch = {axis for p in trace_tokens(query, 0, inputs, memo) for axis in p.axes if axis is not None}
+    for source in {node for node, _ in along}:
+        others = {dim for node, dim in batch if node is source} - {0}
+        if len(others) > ((source, 0) in along):
+            return True
+    return False
 
 
 # ---------------------------------------------------------------------- what the user says
 
 
-def _with_given_text(findings: _Findings, config: Config, inputs: Inputs) -> _Findings:
+def _with_given_text(findings: _Findings, config: Config) -> _Findings:
     """The split that ``text_tokens`` and ``text_position`` give, where the graph does not tell."""
     site, text = findings.site, config.text_tokens
-    if text is None or not findings.same_axis or not _split_is_open(site, inputs):
+    if text is None or not findings.same_axis or not _split_is_open(findings):
         return findings
     size = length(site.query, -2)
     if text >= size.hint:
@@ -182,11 +191,12 @@ def _given_layout(text: int, size: Length, *, first: bool) -> TokenLayout:
     return TokenLayout((*words, video) if first else (video, *words))
 
 
-def _split_is_open(site: Site, inputs: Inputs) -> bool:
+def _split_is_open(findings: _Findings) -> bool:
     """Whether text may hide among the tokens: unknown tokens, or video in a graph that has no text input."""
-    if site.role == SELF:
-        return _text_may_hide(site, inputs)
-    return site.role.endswith("-self") and site.role not in BY_ROLE
+    role = findings.site.role
+    if role == SELF:
+        return findings.text_may_hide
+    return role.endswith("-self") and role not in BY_ROLE
 
 
 def _text_may_hide(site: Site, inputs: Inputs) -> bool:
@@ -197,8 +207,9 @@ def _text_may_hide(site: Site, inputs: Inputs) -> bool:
     return len(parts) == 1 and not parts[0].grid and no_text
 
 
-def _note(findings: _Findings, inputs: Inputs) -> str:
-    return NO_TEXT_NOTE if findings.site.role == SELF and _text_may_hide(findings.site, inputs) else ""
+def _note(findings: _Findings, config: Config) -> str:
+    untold = findings.text_may_hide and (config.text_tokens is None or not findings.same_axis)
+    return NO_TEXT_NOTE if findings.site.role in (SELF, EXTRA) and untold else ""
 
 
 # ---------------------------------------------------------------------- the verdict
@@ -214,10 +225,12 @@ def _verdict(findings: _Findings, config: Config, unsupported_reason: Refusal) -
 def _reasons(findings: _Findings, config: Config, unsupported_reason: Refusal) -> Iterator[Reason]:
     """Every reason in order of precedence; each is looked for only when those before it do not apply."""
     site = findings.site
-    yield from _by_role(site)
+    yield from _by_role(findings)
     if findings.reordered:
         yield Reason.TOKEN_ORDER
-    if site.role not in (SELF, JOINT):
+    if site.role == EXTRA and not _video_among_more_video(site):
+        yield Reason.EXTRA_KEYS
+    if site.role not in (SELF, JOINT, EXTRA):
         yield Reason.UNKNOWN_TOKENS
     if findings.factorised:
         yield Reason.FACTORISED
@@ -238,13 +251,20 @@ def _reasons(findings: _Findings, config: Config, unsupported_reason: Refusal) -
         yield Reason.DYNAMIC_SPLIT
 
 
-def _by_role(site: Site) -> Iterator[Reason]:
+def _by_role(findings: _Findings) -> Iterator[Reason]:
+    site = findings.site
     if site.role in BY_ROLE:
         yield BY_ROLE[site.role]
     if site.role.endswith("-cross"):
         yield Reason.CROSS_ATTENTION
-    if any(word in kind for _, kind in site.modules for word in TEXT_MODULES):
+    if findings.text_may_hide and any(word in kind for _, kind in site.modules for word in TEXT_MODULES):
         yield Reason.TEXT_ONLY
+
+
+def _video_among_more_video(site: Site) -> bool:
+    """Whether video attends to itself and to more: what is not video among the keys is kept whole."""
+    query, key = (layout or TokenLayout(()) for layout in (site.layout, site.key_layout))
+    return 0 < query.video_tokens <= key.video_tokens
 
 
 def _outside_the_kernels(site: Site) -> Iterator[Reason]:

@@ -161,18 +161,32 @@ class SiteBuilder:
         return self.inputs[LOG]
 
     def valid(self, side: Side) -> fx.Node | None:
-        """Which tokens are no padding. Queries and keys of a sparse site are the same tokens, so sides agree."""
-        if self.site.mask is None:
+        """Which tokens are no padding. A mask speaks of keys; queries that are other tokens than those have none."""
+        if self.site.mask is None or (side == "query" and not self._same_tokens()):
             return None
         if self._valid is None:
             mask = self.site.mask
             if self.site.mask_form is MaskForm.OUTER:
                 mask = self._with_meta(self.graph.call_method("diagonal", (mask, 0, -2, -1)))
                 mask = self._with_meta(self.graph.call_method("unsqueeze", (mask, -2)))
-            if mask.meta.get("example_value") is not None and mask.meta["example_value"].dim() == 1:
-                mask = self._with_meta(self.graph.call_method("unsqueeze", (mask, 0)))
+            else:
+                mask = self._one_row(mask)
             self._valid = self._with_meta(self.graph.call_method("flatten", (mask, 0, -2)))
         return self._valid
+
+    def _one_row(self, mask: fx.Node) -> fx.Node:
+        """A mask of keys as [B or 1, 1, 1, Sk] or [1, Sk]: expanded or not, with or without a batch."""
+        shape = mask.meta["example_value"].shape
+        if len(shape) == 1:
+            return self._with_meta(self.graph.call_method("unsqueeze", (mask, 0)))
+        for dim in (-2, -3)[: len(shape) - 1]:
+            if isinstance(shape[dim], torch.SymInt) or shape[dim] != 1:
+                mask = self._with_meta(self.graph.call_method("narrow", (mask, dim, 0, 1)))
+        return mask
+
+    def _same_tokens(self) -> bool:
+        """Whether the queries are the tokens of the keys, and no part of them."""
+        return self.site.query_sizes[-2] == self.site.key_sizes[-2]
 
     def padded_queries_attend(self) -> bool:
         """A key-padding mask hides keys only; an outer-product mask hides the queries too."""

@@ -7,7 +7,7 @@ from math import prod
 import torch
 from torch import fx
 
-from sparse_compile.passes.graph_facts import is_tensor, op_name, rank, sizes, tensor_inputs, value_of
+from sparse_compile.passes.graph_facts import is_tensor, op_name, rank, sizes, strides, tensor_inputs, value_of
 from sparse_compile.passes.token_parts import Note
 from sparse_compile.passes.token_roles import Inputs
 from sparse_compile.passes.trace_tokens import Memo, trace_tokens
@@ -19,7 +19,7 @@ SHAPE_ONLY = CASTS | {
     *("expand", "expand_as", "repeat", "transpose", "permute", "t", "getitem", "__getitem__"),
 }
 PRODUCTS = frozenset({"and_", "__and__", "bitwise_and", "logical_and", "mul", "__mul__"})
-DIMS = 4
+DIMS, HEADS, QUERIES = 4, -3, -2
 
 
 def mask_form(site: Site, inputs: Inputs, memo: Memo) -> MaskForm:
@@ -27,6 +27,7 @@ def mask_form(site: Site, inputs: Inputs, memo: Memo) -> MaskForm:
 
     Key padding:
         bool [B or 1, 1, 1, Sk]
+        bool [B or 1, H, Sq, Sk] that is the same for all heads and queries, because `expand` made it so
     Outer product:
         m: bool [B, S]; mask = m[:, None, None, :] & m[:, None, :, None]
     Left alone (`MaskForm.GENERAL`): all others, also a square mask that the graph does not prove a product.
@@ -40,12 +41,20 @@ def mask_form(site: Site, inputs: Inputs, memo: Memo) -> MaskForm:
     batch, heads, queries, _ = shape
     if value_of(mask).dtype != torch.bool:
         return MaskForm.KEY_BIAS if queries == 1 else MaskForm.GENERAL
-    if heads != 1 or batch not in (1, site.query_sizes[0]):
+    if batch not in (1, site.query_sizes[0]):
         return MaskForm.GENERAL
-    if queries == 1:
+    if all(shape[dim] == 1 or _is_repeated(mask, dim) for dim in (HEADS, QUERIES)):
         return MaskForm.KEY_PADDING
+    if heads != 1:
+        return MaskForm.GENERAL
     square = queries == shape[-1] == site.query_sizes[-2]
     return MaskForm.OUTER if square and _is_outer_product(mask, inputs, memo) else MaskForm.GENERAL
+
+
+def _is_repeated(mask: fx.Node, dim: int) -> bool:
+    """Whether a mask is one row that `expand` shows several times: the step along such an axis is 0."""
+    shown = _below(mask, CASTS)
+    return rank(shown) == rank(mask) >= -dim and strides(shown)[dim] == 0
 
 
 def _is_outer_product(mask: fx.Node, inputs: Inputs, memo: Memo) -> bool:

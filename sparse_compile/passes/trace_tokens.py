@@ -167,12 +167,13 @@ class _TokenWalk:
     def most_telling(self, candidates: Sequence[Parts]) -> Parts:
         """Of several descriptions of one axis the one that says most; the first of equals."""
 
-        def rank_of(parts: Parts) -> tuple[bool, bool, bool, int, int]:
-            origins = all_origins(parts)
+        def rank_of(parts: Parts) -> tuple[bool, bool, bool, bool, int, int]:
+            roles = {role_of_input(origin, self._inputs) for origin in all_origins(parts)}
             return (
+                bool(roles),
+                bool(roles - {VECTOR}),
                 all(p.note is not Note.UNKNOWN_OP for p in parts),
-                bool(origins),
-                any(role_of_input(origin, self._inputs) != VECTOR for origin in origins),
+                bool(roles & VISUAL_ROLES),
                 len(parts),
                 sum(len(p.factors) for p in parts),
             )
@@ -259,6 +260,18 @@ def _matmul(walk: Walk, node: fx.Node, dim: int) -> Parts:
     source = right if dim == rank(node) - 1 else left
     axis = dim - (rank(node) - rank(source))
     return walk.parts(source, axis) if axis >= 0 else walk.opaque(node, dim, Note.UNKNOWN_OP)
+
+
+def _einsum(walk: Walk, node: fx.Node, dim: int) -> Parts:
+    """Each axis of the result comes from those of the operands that have its letter."""
+    operands = tensor_inputs(node)
+    read, _, written = str(node.args[0]).replace(" ", "").partition("->")
+    terms = read.split(",")
+    if not written or "." in read or len(terms) != len(operands):
+        return walk.opaque(node, dim, Note.UNKNOWN_OP)
+    letter = written[dim]
+    found = [walk.parts(x, term.index(letter)) for x, term in zip(operands, terms, strict=True) if letter in term]
+    return walk.most_telling(found)
 
 
 def _convolution(walk: Walk, node: fx.Node, dim: int) -> Parts:
@@ -352,7 +365,9 @@ def _rules() -> dict[str, Rule]:
     rules.update(dict.fromkeys(("conv1d", "conv2d", "conv3d"), _convolution))
     rules.update(dict.fromkeys(("sum", "mean", "amax", "amin", "max", "min"), _reduction))
     rules.update(dict.fromkeys(("cat", "concat", "concatenate"), _cat))
-    rules.update(stack=_stack, linear=_linear, pad=_pad, view_as_complex=_as_complex, view_as_real=_as_real)
+    rules.update(
+        stack=_stack, linear=_linear, einsum=_einsum, pad=_pad, view_as_complex=_as_complex, view_as_real=_as_real
+    )
     return rules
 
 

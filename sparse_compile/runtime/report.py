@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     from sparse_compile.runtime.registry import Registry
     from sparse_compile.runtime.state import Layer
 
+NOTHING_FOUND = (
+    "no scaled_dot_product_attention in what was compiled: attention written by hand, flex attention and back ends that"
+    " call kernels of their own cannot be rewritten (in diffusers, set_attention_backend('native') goes back)"
+)
 MOST_HEADS = 8
 """Heads whose values the printed report lists; of more it gives range and mean."""
 
@@ -140,7 +144,9 @@ class Report:
     def __str__(self) -> str:
         header = ("layer", "role", "layout", "decision", "reason")
         rows = [(s.layer, s.role, s.layout, s.decision, s.detail or s.reason or "") for s in self.sites]
-        lines = _table(header, rows) if rows else ["no attention was compiled yet"]
+        lines = (
+            _table(header, rows) if rows else [NOTHING_FOUND if self.compilations else "no attention was compiled yet"]
+        )
         sparse = sum(site.decision == "sparse" for site in self.sites)
         lines += ["", *(f"compiled: {compiled}" for compiled in self.compiled)]
         lines += [f"{sparse} of {len(self.sites)} sites sparse, {self.compilations} compilations"]

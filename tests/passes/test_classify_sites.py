@@ -100,14 +100,6 @@ def test_text_as_long_as_the_video_is_still_cross_attention() -> None:
     assert reason_of(Cross(), video(), text(TOKENS)) is Reason.CROSS_ATTENTION
 
 
-def test_keys_that_hold_a_history_too_stay_dense() -> None:
-    class WithHistory(Block):
-        def forward(self, hidden_states: Tensor, history: Tensor) -> Tensor:
-            return super().forward(hidden_states, torch.cat([history, hidden_states], dim=1))
-
-    assert reason_of(WithHistory(), video(), text()) is Reason.EXTRA_KEYS
-
-
 def test_a_refiner_is_text_whatever_its_input_is_called() -> None:
     assert reason_of(RefinedModel(), video()) is Reason.TEXT_ONLY
 
@@ -145,6 +137,15 @@ def test_frames_in_the_batch_stay_dense(frames_in_batch: bool, reason: Reason | 
             return super().forward(x, x)
 
     assert reason_of(Spatial(), torch.randn(2, WIDTH, 3, 8, 8)) is reason
+
+
+def test_tokens_in_front_of_the_batch_are_no_factorised_attention() -> None:
+    class TokensFirst(Block):
+        def forward(self, hidden_states: Tensor) -> Tensor:
+            x = hidden_states.transpose(0, 1)
+            return super().forward(x, x)
+
+    assert reason_of(TokensFirst(), video().transpose(0, 1).contiguous()) is None
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,20 @@ MASKS: list[tuple[str, Any, MaskForm, Reason | None]] = [
     ("per key", lambda m: m[:, None, None, :], MaskForm.KEY_PADDING, None),
     ("one for the batch", lambda m: m[:1, None, None, :], MaskForm.KEY_PADDING, None),
     ("one row", lambda m: m[:1], MaskForm.KEY_PADDING, None),
+    ("shown to heads and queries", lambda m: m[:, None, None].expand(-1, 2, TOKENS, -1), MaskForm.KEY_PADDING, None),
+    ("shown and cast", lambda m: m.long()[:, None, None].expand(-1, 2, TOKENS, -1).bool(), MaskForm.KEY_PADDING, None),
+    (
+        "one per head, shown to queries",
+        lambda m: m[:, None, None].repeat(1, 2, 1, 1).expand(-1, 2, TOKENS, -1),
+        MaskForm.GENERAL,
+        Reason.MASK,
+    ),
+    (
+        "shown to heads, one per query",
+        lambda m: m[:, None, :, None].repeat(1, 1, 1, TOKENS).expand(-1, 2, -1, -1),
+        MaskForm.GENERAL,
+        Reason.MASK,
+    ),
     ("outer product", outer, MaskForm.OUTER, None),
     ("outer product by broadcast", lambda m: m[:, None, None, :] & m[:, None, :, None], MaskForm.OUTER, None),
     (

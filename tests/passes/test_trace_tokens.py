@@ -168,6 +168,15 @@ RULES: list[tuple[str, Rule, int, str]] = [
     ("conv, channels", lambda i: F.conv3d(i.latents, torch.ones(5, 4, 1, 1, 1)), 1, "learned:5"),
     ("matmul, rows", lambda i: i.video @ i.text.mT, 1, "video:180"),
     ("matmul, columns", lambda i: i.video @ i.text.mT, 2, "text:7"),
+    (
+        "einsum that permutes",
+        lambda i: torch.einsum("bcfhw -> bfhwc", i.latents).flatten(1, 3),
+        1,
+        "video:180[3x6x10]",
+    ),
+    ("einsum of two, left", lambda i: torch.einsum("bsc,btc->bst", i.video, i.text), 1, "video:180"),
+    ("einsum of two, right", lambda i: torch.einsum("bsc,btc->bst", i.video, i.text), 2, "text:7"),
+    ("einsum with an ellipsis", lambda i: torch.einsum("...sc->...cs", i.video), 2, "video:180!unknown operation"),
     ("mean over channels", lambda i: i.video.mean(-1), 1, "video:180"),
     ("mean over the axis", lambda i: i.video.mean(1, keepdim=True), 1, "video:1!unknown operation"),
     ("expand", lambda i: i.video[:, None].expand(2, 5, 180, 16), 1, "learned:5!generated"),
@@ -185,6 +194,12 @@ RULES: list[tuple[str, Rule, int, str]] = [
     ("constant", lambda i: torch.zeros(2, 9) + i.video.sum(), 1, "learned:9!generated"),
     ("unknown operation, same size", lambda i: torch.special.erf(i.video), 1, "video:180"),
     ("unknown operation, other size", lambda i: F.avg_pool1d(i.video.mT, 2), 2, "video:90!unknown operation"),
+    (
+        "what cannot be followed, with positions",
+        lambda i: F.avg_pool1d(i.video.mT, 2) * torch.ones(90),
+        2,
+        "video:90!unknown operation",
+    ),
     ("elementwise with a weight", lambda i: torch.ones(1, 180, 16) + i.video, 1, "video:180"),
 ]
 
