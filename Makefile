@@ -17,7 +17,7 @@ help:
 	@echo "make lint            ruff and mypy"
 	@echo "make docs            the documentation site, into build/site; a warning is an error"
 	@echo "make docs-serve      the same while you write, on 127.0.0.1:8000"
-	@echo "make options-table   write the options table into README.md"
+	@echo "make options-table   write the options table into README.md and docs"
 	@echo "make quality-tables  write figures of quality into README.md and docs, from benchmarks/results"
 	@echo "make torch-versions  the quick tests under each of TORCH_VERSIONS ($(TORCH_VERSIONS))"
 	@echo "make venv            only make .venv"
@@ -61,7 +61,7 @@ docs-serve: $(STAMP)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
 
 options-table: $(STAMP)
-	$(BIN)/python -m sparse_compile.cli.options_table --write README.md
+	$(BIN)/python -m sparse_compile.cli.options_table --write README.md docs/options.md
 
 quality-tables: $(STAMP)
 	$(BIN)/python -m benchmarks.quality_tables --write

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from sparse_compile.evaluation.demo_model import TRAINED_SIZES, demo_scenes, gen
 from sparse_compile.plan import Plan
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
+PAGE = Path(__file__).parents[1] / "docs" / "extending.md"
 QUICK = {"min_tokens": 64, "dense_layers": 0, "dense_steps": 0, "lowering": "eager"}
 
 
@@ -142,6 +144,18 @@ class Joint(nn.Module):
         x = torch.cat([hidden_states.flatten(2).transpose(1, 2), encoder_hidden_states], dim=1)
         q, k, v = (p(x).unflatten(-1, (-1, 16)).transpose(1, 2) for p in (self.to_q, self.to_k, self.to_v))
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None, :], enable_gqa=True)
+
+
+def test_the_test_that_the_page_prints_passes_and_can_fail(
+    example: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    [program] = re.findall(r"^```python\n(import torch\n.*?)^```", PAGE.read_text(), re.DOTALL | re.MULTILINE)
+    names: dict[str, object] = {}
+    exec(program, names)
+    names["test_the_attention_is_replaced"]()
+    monkeypatch.setattr(example.SlidingTile, "write", lambda self, build, site, phase: build.attention())
+    with pytest.raises(AssertionError):
+        names["test_the_attention_is_replaced"]()
 
 
 def test_masks_text_and_grouped_heads_go_through(example: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,7 @@
-"""The options table of README.md, made from `Config`.
+"""The options table of README.md and docs/options.md, made from `Config`.
 
-python -m sparse_compile.cli.options_table                      print it
-python -m sparse_compile.cli.options_table --write README.md    put it between its markers
+python -m sparse_compile.cli.options_table                       print it
+python -m sparse_compile.cli.options_table --write FILE FILE     put it between the markers of each file
 """
 
 from __future__ import annotations
@@ -43,13 +43,15 @@ def with_table(text: str) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the table, or write it into a file."""
+    """Print the table, or write it into files."""
     parser = argparse.ArgumentParser(description=f"The options table; variables are {ENV_PREFIX} + upper case.")
-    parser.add_argument("--write", type=Path, metavar="FILE", help="write it between the markers of FILE")
-    target = parser.parse_args(arguments).write
-    if target is None:
+    parser.add_argument(
+        "--write", type=Path, nargs="+", default=[], metavar="FILE", help="write it between the markers of each FILE"
+    )
+    targets = parser.parse_args(arguments).write
+    if not targets:
         print(options_table())
-    else:
+    for target in targets:
         target.write_text(with_table(target.read_text()))
     return 0
 

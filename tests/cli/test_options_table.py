@@ -1,4 +1,4 @@
-"""README.md holds the options of `Config`, as the command writes them."""
+"""README.md and docs/options.md hold the options of `Config`, as the command writes them."""
 
 from pathlib import Path
 
@@ -8,11 +8,12 @@ from sparse_compile.cli.options_table import BEGIN, END, main, options_table, wi
 from sparse_compile.config import declared_options
 from sparse_compile.errors import SparseAttentionError
 
-README = Path(__file__).parents[2] / "README.md"
+ROOT = Path(__file__).parents[2]
 
 
-def test_the_readme_holds_the_current_table():
-    text = README.read_text()
+@pytest.mark.parametrize("document", ["README.md", "docs/options.md"])
+def test_the_documents_hold_the_current_table(document):
+    text = (ROOT / document).read_text()
     assert with_table(text) == text, "run `make options-table`"
 
 
@@ -39,7 +40,8 @@ def test_a_text_without_markers_is_refused():
 def test_the_command_prints_or_writes(tmp_path, capsys):
     assert main([]) == 0
     assert capsys.readouterr().out == options_table() + "\n"
-    target = tmp_path / "page.md"
-    target.write_text(f"{BEGIN}\n{END}\n")
-    assert main(["--write", str(target)]) == 0
-    assert options_table() in target.read_text()
+    targets = [tmp_path / "page.md", tmp_path / "other.md"]
+    for target in targets:
+        target.write_text(f"{BEGIN}\n{END}\n")
+    assert main(["--write", *map(str, targets)]) == 0
+    assert [options_table() in target.read_text() for target in targets] == [True, True]
