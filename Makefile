@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help venv demo test test-slow sanitize lint docs docs-serve options-table quality-tables torch-versions
+.PHONY: help venv demo test test-slow sanitize lint docs docs-serve options-table support-matrix quality-tables torch-versions
 
 help:
 	@echo "make demo            generate small videos, dense and sparse, and compare them"
@@ -18,6 +18,7 @@ help:
 	@echo "make docs            the documentation site, into build/site; a warning is an error"
 	@echo "make docs-serve      the same while you write, on 127.0.0.1:8000"
 	@echo "make options-table   write the options table into README.md and docs"
+	@echo "make support-matrix  write the support matrix into docs/support.md"
 	@echo "make quality-tables  write figures of quality into README.md and docs, from benchmarks/results"
 	@echo "make torch-versions  the quick tests under each of TORCH_VERSIONS ($(TORCH_VERSIONS))"
 	@echo "make venv            only make .venv"
@@ -62,6 +63,9 @@ docs-serve: $(STAMP)
 
 options-table: $(STAMP)
 	$(BIN)/python -m sparse_compile.cli.options_table --write README.md docs/options.md
+
+support-matrix: $(STAMP)
+	PYTHONPATH=tests $(BIN)/python -m families.support_matrix --write docs/support.md
 
 quality-tables: $(STAMP)
 	$(BIN)/python -m benchmarks.quality_tables --write

@@ -18,7 +18,7 @@ UNNAMED_ROLES = frozenset({LEARNED, VECTOR})
 """Roles that say nothing about the tokens beside them."""
 
 ROLE_WORDS: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("audio", ("audio", "melody")),
+    ("audio", ("audio", "melody", "aud")),
     (
         "image",
         (
@@ -54,7 +54,7 @@ ROLE_WORDS: tuple[tuple[str, tuple[str, ...]], ...] = (
             "mask",
         ),
     ),
-    ("video", ("hidden_states", "sample", "latent", "x", "img", "video", "visual")),
+    ("video", ("hidden_states", "sample", "latent", "x", "img", "video", "visual", "vis")),
 )
 """Role and the words that tell it; the first hit wins (``encoder_hidden_states`` holds ``hidden_states``)."""
 

@@ -49,6 +49,22 @@ def cogvideox_rope() -> Built:
     }
 
 
+def cogvideox_15() -> Built:
+    """CogVideoX 1.5 I2V: patches of two frames, the first image beside the latents, an offset token."""
+    from diffusers import CogVideoXTransformer3DModel
+
+    noise = Noise()
+    config = {**COGVIDEOX, "in_channels": 8, "patch_size_t": 2, "patch_bias": False, "ofs_embed_dim": 16}
+    model = built(CogVideoXTransformer3DModel, **config, use_rotary_positional_embeddings=True)
+    return model, {
+        "hidden_states": noise(2, 6, 8, 16, 12),
+        "encoder_hidden_states": noise(2, 18, 24),
+        "timestep": torch.tensor([700, 700]),
+        "ofs": torch.tensor([2.0, 2.0]),
+        "image_rotary_emb": rotary_table(3 * 8 * 6, 32),
+    }
+
+
 CASES = (
     Case(
         "CogVideoX 2B",
@@ -63,6 +79,13 @@ CASES = (
         cogvideox_rope,
         whole={
             Row("joint", "text:18+video:192", 210, "none", "3x8x8", SPARSE): 2,
+        },
+    ),
+    Case(
+        "CogVideoX 1.5 I2V",
+        cogvideox_15,
+        whole={
+            Row("joint", "text:18+video:144", 162, "none", "3x8x6", SPARSE): 2,
         },
     ),
 )

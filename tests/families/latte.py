@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 from families.building import Noise, built
-from families.case import CROSS, Built, Case, Row
+from families.case import CROSS, SPARSE, Built, Case, Row
 
 
 def allegro() -> Built:
-    """The oldest attention processor, a floating-point mask per key, a head size that is no power of two."""
+    """As its pipeline calls it: a mask for the text alone. A head size that is no power of two."""
     from diffusers import AllegroTransformer3DModel
 
     noise = Noise()
@@ -29,9 +29,14 @@ def allegro() -> Built:
         "hidden_states": noise(1, 4, 3, 16, 16),
         "encoder_hidden_states": noise(1, 17, 20),
         "timestep": torch.tensor([700]),
-        "attention_mask": torch.ones(1, 3, 16, 16),
         "encoder_attention_mask": torch.ones(1, 17),
     }
+
+
+def allegro_with_mask() -> Built:
+    """A mask for the video as well, which its attention adds as a floating-point bias per key."""
+    model, kwargs = allegro()
+    return model, {**kwargs, "attention_mask": torch.ones(1, 3, 16, 16)}
 
 
 def latte() -> Built:
@@ -69,6 +74,14 @@ CASES = (
     Case(
         "Allegro",
         allegro,
+        whole={
+            Row("self", "video:192", 192, "none", "3x8x8", SPARSE): 2,
+            Row("cross", "video:192", 17, "key_bias", "3x8x8", CROSS): 2,
+        },
+    ),
+    Case(
+        "Allegro, masked",
+        allegro_with_mask,
         whole={
             Row("self", "video:192", 192, "key_bias", "3x8x8", "key_bias"): 2,
             Row("cross", "video:192", 17, "key_bias", "3x8x8", CROSS): 2,

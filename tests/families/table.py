@@ -2,12 +2,30 @@
 
 from __future__ import annotations
 
-from families import cogvideox, cosmos, flux, hunyuan, latte, ltx, mochi, sd3, wan
+from families import (
+    autoregressive,
+    cogvideox,
+    cosmos,
+    flux,
+    hunyuan,
+    kandinsky,
+    latte,
+    ltx,
+    mochi,
+    sana,
+    sd3,
+    wan,
+    wan_variants,
+)
 from families.case import Case
 
 GROUPS: dict[str, tuple[Case, ...]] = {
     "wan": wan.CASES,
+    "wan_variants": wan_variants.CASES,
     "hunyuan": hunyuan.CASES,
+    "kandinsky": kandinsky.CASES,
+    "autoregressive": autoregressive.CASES,
+    "sana": sana.CASES,
     "cogvideox": cogvideox.CASES,
     "ltx": ltx.CASES,
     "mochi": mochi.CASES,
