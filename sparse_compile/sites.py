@@ -297,6 +297,11 @@ class Site:
         """Whether it was decided that this site becomes sparse."""
         return self.decision is not None and self.decision.sparse
 
+    @property
+    def reason(self) -> Reason | None:
+        """Why it stays dense; None while that is undecided, or where it becomes sparse."""
+        return None if self.decision is None else self.decision.reason
+
     def moved(self, old_to_new: Mapping[fx.Node, fx.Node]) -> Self:
         """This site in a copy of its graph."""
 

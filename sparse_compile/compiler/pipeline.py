@@ -24,7 +24,7 @@ from sparse_compile.passes.insert_sparse_attention import StateInput, insert_spa
 from sparse_compile.passes.match_attention import match_attention
 from sparse_compile.phases import Phase
 from sparse_compile.plan import TensorSpec
-from sparse_compile.runtime.region import Region, Slot, Witness
+from sparse_compile.runtime.region import OwnedRecord, Region, Slot, Witness
 from sparse_compile.runtime.registry import Registry
 from sparse_compile.runtime.report import GraphRecord, SiteRecord
 from sparse_compile.sites import GraphInput, Reason, Site
@@ -54,6 +54,7 @@ def compile_graph(
     planner = registry.planner(config, load_strategy(config.method))
     sites = find_sites(graph_module, inputs, torch_internals.graph_inputs(graph_module), planner)
     check_strict(sites, config)
+    guard_lengths(sites, planner)
     kernel = choose_kernel(config, inputs)
     sites = [_if_it_gains(site, planner, kernel.name) for site in sites]
     if any(site.sparse for site in sites):
@@ -62,7 +63,9 @@ def compile_graph(
     phase = _phase_of(layers, planner, registry)
     _record(graph_module, sites, phase, kernel, planner, registry)
     if not layers:
-        return _witnessed(graph_module, lower(graph_module, inputs, config), planner, registry)
+        return _witnessed(
+            graph_module, lower(graph_module, inputs, config), _records(graph_module, sites, kernel), planner, registry
+        )
     kept_dense = registry.kept_dense([layer.parameter for layer in layers], planner)
     add_phase_guard([layer.owner for layer in layers], phase, kept_dense, planner, registry)
     if phase is Phase.DENSE:
@@ -132,6 +135,18 @@ def _if_it_gains(site: Site, planner: Planner, kernel: str) -> Site:
     return site.decided(Reason.NO_GAIN, str(expected)) if expected.sparse >= expected.dense else site
 
 
+def guard_lengths(sites: Iterable[Site], planner: Planner) -> None:
+    """Tie a graph of symbolic sizes to the side of the floor on which each of its sites lies.
+
+    A video of another length otherwise runs what was decided for the first one: dense for ever because the first was
+    short, or sparse although it is shorter than asked.
+    """
+    for site in sites:
+        if site.layout is not None and (site.sparse or site.reason is Reason.TOO_SHORT):
+            tokens = site.query.meta["example_value"].shape[-2]
+            torch_internals.guard_least(site.layout.video_size(tokens), planner.fewest_tokens)
+
+
 def rewrite(
     graph_module: fx.GraphModule, sites: Sequence[Site], planner: Planner, phase: Phase, kernel: str
 ) -> tuple[fx.GraphModule, tuple[StateInput, ...]]:
@@ -160,7 +175,7 @@ def check_strict(sites: Iterable[Site], config: Config) -> None:
     if not config.strict:
         return
     for site in sites:
-        reason = site.decision.reason if site.decision is not None else None
+        reason = site.reason
         if reason is not None and not reason.by_design:
             remedy = reason.remedy or "Leave strict=True out to run it dense."
             raise StrictModeError(
@@ -232,21 +247,37 @@ def _region(
     planner: Planner,
     registry: Registry,
 ) -> Region:
-    position = {node: place for place, node in enumerate(graph_module.graph.find_nodes(op="placeholder"))}
-    records = [(position[site.owner], SiteRecord.of(site, *kernel)) for site in sites if site.owner is not None]
-    owners = [position[layer.owner] for layer in layers]
+    positions = _positions(graph_module)
+    records = _records(graph_module, sites, kernel)
+    owners = [positions[layer.owner] for layer in layers]
     symbols = torch_internals.symbolic_inputs(graph_module)
     return Region(compiled, phase, planner, registry, owners, slots, symbols, records)
 
 
 def _witnessed(
-    graph_module: fx.GraphModule, compiled: Callable[..., Any], planner: Planner, registry: Registry
+    graph_module: fx.GraphModule,
+    compiled: Callable[..., Any],
+    records: Sequence[OwnedRecord],
+    planner: Planner,
+    registry: Registry,
 ) -> Callable[..., Any]:
-    """A graph without sparse sites; under ``strict`` its calls are noted, since a generation of them is an error."""
-    placeholders = graph_module.graph.find_nodes(op="placeholder")
-    anchors = [place for place, node in enumerate(placeholders) if torch_internals.parameter_of(node) is not None]
-    strict = planner.config.strict and bool(anchors)
-    return Witness(compiled, anchors[0], planner, registry) if strict else compiled
+    """A graph without sparse sites. Its calls are noted where somebody asks: in the report, and under ``strict``."""
+    positions = _positions(graph_module)
+    anchors = [at for node, at in positions.items() if torch_internals.parameter_of(node) is not None]
+    if not anchors or not (records or planner.config.strict):
+        return compiled
+    return Witness(compiled, anchors[0], records, planner, registry)
+
+
+def _positions(graph_module: fx.GraphModule) -> dict[fx.Node, int]:
+    """Where each placeholder stands among the arguments of a call."""
+    return {node: at for at, node in enumerate(graph_module.graph.find_nodes(op="placeholder"))}
+
+
+def _records(graph_module: fx.GraphModule, sites: Sequence[Site], kernel: KernelChoice) -> list[OwnedRecord]:
+    """What the report is told of the sites whose layer can be named."""
+    positions = _positions(graph_module)
+    return [(positions[site.owner], SiteRecord.of(site, *kernel)) for site in sites if site.owner is not None]
 
 
 # ---------------------------------------------------------------------- reasons, records, log

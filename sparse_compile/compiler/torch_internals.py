@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch._guards import Guard, TracingContext, detect_fake_mode
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from sparse_compile.sites import GraphInput
 
@@ -191,6 +192,15 @@ def is_compiled(module: torch.nn.Module) -> bool:
     """Whether a module is the wrapper that `torch.compile` returns, was compiled in place, or its forward was."""
     forward = vars(module).get("forward")
     return "_orig_mod" in module._modules or compiled_call(module) is not None or hasattr(forward, ORIGINAL_CALLABLE)
+
+
+def guard_least(size: int | torch.SymInt, least: int) -> None:
+    """Tie the graph under compilation to whether a symbolic size is at least ``least``, as it is in this call.
+
+    A size that depends on data cannot be guarded on: nobody knows it before the graph runs.
+    """
+    if isinstance(size, torch.SymInt) and not free_unbacked_symbols(size):
+        bool(size >= least)
 
 
 def compiled_call(module: torch.nn.Module) -> object:

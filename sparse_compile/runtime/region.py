@@ -26,6 +26,10 @@ from sparse_compile.strategies.base import Planner
 log = logging.getLogger(__name__)
 
 
+OwnedRecord = tuple[int, SiteRecord]
+"""What the report is told of a site, and the position of its owner among the arguments."""
+
+
 @dataclass(frozen=True)
 class Slot:
     """The state inputs of one rewritten site: whose they are, and their specs (sizes are ints or sympy expressions)."""
@@ -62,7 +66,7 @@ class Region:
         owners: Sequence[int],
         slots: Sequence[Slot],
         symbols: Mapping[int, Any],
-        records: Sequence[tuple[int, SiteRecord]],
+        records: Sequence[OwnedRecord],
     ) -> None:
         self._compiled = compiled
         self._phase = phase
@@ -227,24 +231,40 @@ class Region:
 
 
 class Witness:
-    """Runs a graph in which nothing became sparse, and lets the clock know that it ran: under strict, that counts.
+    """Runs a graph in which nothing became sparse, and lets others know that it ran.
+
+    The report then shows its sites, where another graph of the same layers ran before (for a longer video, say); under
+    strict the clock counts the call.
 
     Args:
         compiled: the lowered graph.
         anchor: position of one of the model's Parameters among the arguments.
+        records: its sites, by the positions of their owners.
         planner: under which options.
         registry: where the model's clock is found.
     """
 
-    def __init__(self, compiled: Callable[..., Any], anchor: int, planner: Planner, registry: Registry) -> None:
+    def __init__(
+        self,
+        compiled: Callable[..., Any],
+        anchor: int,
+        records: Sequence[OwnedRecord],
+        planner: Planner,
+        registry: Registry,
+    ) -> None:
         self._compiled = compiled
         self._anchor = anchor
+        self._records = tuple(records)
         self._planner = planner
         self._registry = registry
 
     def __call__(self, *args: Any) -> Any:
         """Run the graph on Dynamo's arguments."""
-        claim = self._registry.claim_of(args[self._anchor])
+        for position, record in self._records:
+            if self._registry.records_of(args[position]).sites.get(record.ordinal) is record:
+                break  # this graph ran last, so all of its sites are shown
+            self._registry.record_site(args[position], record)
+        claim = self._registry.claim_of(args[self._anchor]) if self._planner.config.strict else None
         if claim is not None:
             claim.planners.add(self._planner)
         return self._compiled(*args)

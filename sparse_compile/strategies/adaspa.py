@@ -84,11 +84,15 @@ class AdaSpa:
     def unsupported_reason(self, site: Site, config: Config) -> Reason | None:
         """Too few tokens or blocks, unless ``min_tokens`` says otherwise; a single block in any case."""
         layout = site.layout or TokenLayout(())
+        if config.min_tokens is None and layout.video_tokens < self.fewest_tokens(config):
+            return Reason.TOO_SHORT
         video = [layout.parts[start:stop] for start, stop in layout.visual_runs()]
         blocks = sum(-(-sum(part.length for part in run) // config.block_size) for run in video)
-        if config.min_tokens is None and (layout.video_tokens < FEWEST_TOKENS or blocks < FEWEST_BLOCKS):
-            return Reason.TOO_SHORT
         return Reason.ONE_BLOCK if blocks <= 1 else None
+
+    def fewest_tokens(self, config: Config) -> int:
+        """A number of tokens, and one of blocks, the last of which may be short."""
+        return max(FEWEST_TOKENS, (FEWEST_BLOCKS - 1) * config.block_size + 1)
 
     def effort(self, site: Site, config: Config) -> Effort:
         """Whatever is not a pair of video tokens is kept; the plan is kept from an earlier call."""

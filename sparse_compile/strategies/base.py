@@ -131,12 +131,27 @@ class ExpectsEffort(Protocol):
         """Of the site's sparse calls, from sizes and options alone; ``site`` has its layouts."""
 
 
+@runtime_checkable
+class NeedsTokens(Protocol):
+    """A Strategy that gains nothing below some number of video tokens. One that does not say so takes any."""
+
+    def fewest_tokens(self, config: Config) -> int:
+        """Video tokens of a site below which it stays dense, unless ``min_tokens`` is a number."""
+
+
 @dataclass(frozen=True, eq=False)
 class Planner:
     """A strategy with the options of a compilation. One per distinct Config, so it is compared by identity."""
 
     strategy: Strategy
     config: Config
+
+    @property
+    def fewest_tokens(self) -> int:
+        """Video tokens below which a site stays dense: ``min_tokens`` as a number, else the method's own floor."""
+        if self.config.min_tokens is not None:
+            return self.config.min_tokens
+        return self.strategy.fewest_tokens(self.config) if isinstance(self.strategy, NeedsTokens) else 0
 
     def phase(self, moment: Moment, searched: int | None) -> Phase:
         """`Strategy.phase` under these options."""

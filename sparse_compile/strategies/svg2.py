@@ -67,14 +67,14 @@ class Svg2:
 
     def unsupported_reason(self, site: Site, config: Config) -> Reason | None:
         """Too few tokens for the number of clusters, unless ``min_tokens`` says otherwise."""
-        if config.min_tokens is not None:
-            return None
         video = 0 if site.layout is None else site.layout.video_tokens
-        k_floor = TOKENS_PER_CLUSTER_FLOOR * _clusters(config.k_clusters, video, TOKENS_PER_KEY_CLUSTER, KEY_CLUSTERS)
-        q_floor = TOKENS_PER_CLUSTER_FLOOR * _clusters(
-            config.q_clusters, video, TOKENS_PER_QUERY_CLUSTER, QUERY_CLUSTERS
-        )
-        return Reason.TOO_SHORT if video < max(k_floor, q_floor) else None
+        return Reason.TOO_SHORT if config.min_tokens is None and video < self.fewest_tokens(config) else None
+
+    def fewest_tokens(self, config: Config) -> int:
+        """Some tokens a cluster; where their number follows the tokens, the least number of clusters decides."""
+        q_clusters = QUERY_CLUSTERS[0] if config.q_clusters is None else config.q_clusters
+        k_clusters = KEY_CLUSTERS[0] if config.k_clusters is None else config.k_clusters
+        return TOKENS_PER_CLUSTER_FLOOR * max(q_clusters, k_clusters)
 
     def effort(self, site: Site, config: Config) -> Effort:
         """The products of k-means, and a fixed density or what a budget of mass leads to."""
