@@ -1,31 +1,26 @@
-"""diffusers pipelines as the source of time.
-
-`scheduler.set_timesteps` starts a generation (`set_begin_index` in the middle of it), `scheduler.step` moves to the
-next step, and the transformer's `cache_context` names the CFG branch. They are wrapped on the instances that a pipeline
-holds, and unwrapped again by `detach`; so is `progress_bar`, by which a pipeline shows that it runs.
-"""
+"""Finds diffusers pipelines, and gives them the clocks of their transformers."""
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import gc
-import inspect
 import logging
-import sys
-import weakref
-from collections.abc import Callable, Iterator
+import re
 from types import GeneratorType
 from typing import Any
 
-from diffusers import DiffusionPipeline
+import diffusers
 from torch import nn
 
 from sparse_compile.errors import SparseAttentionError
+from sparse_compile.integrations.pipeline_driver import PipelineDriver
+from sparse_compile.integrations.pipeline_frames import PIPELINES, nearest_pipeline
 from sparse_compile.runtime.clock import Clock
 from sparse_compile.runtime.registry import REGISTRY
 
 log = logging.getLogger(__name__)
+
+LEAST_VERSION = "0.42"
+"""Of diffusers: the oldest one whose pipelines the tests drive; the extras of the package ask for the same."""
 
 DENOISERS = ("transformer", "unet", "controlnet", "prior")
 """Names, or beginnings of names, of the components that a pipeline calls in each step."""
@@ -34,60 +29,76 @@ DENOISERS = ("transformer", "unet", "controlnet", "prior")
 def attach_pipeline(pipe: object) -> Clock:
     """Let a pipeline drive the clock of its transformers; once more changes nothing.
 
-    A second pipeline with the same transformer drives the same clock, by its own scheduler.
+    A second pipeline with the same transformer drives the same clock: they take turns.
 
     Raises:
-        SparseAttentionError: it is no diffusers pipeline, has no scheduler or no transformer; or another clock drives a
-            transformer of it.
+        SparseAttentionError: it is no diffusers pipeline, or one of a version too old; it has no transformer, or no
+            scheduler with `set_timesteps` and `step`; or another clock drives a transformer of it.
     """
-    if not isinstance(pipe, DiffusionPipeline):
+    if not isinstance(pipe, PIPELINES):
         raise SparseAttentionError(
             "attach needs a diffusers pipeline",
             type(pipe).__name__,
             "For a bare model use `with sparse_compile.denoising(model, steps=...)`.",
         )
-    models = denoisers(pipe)
+    _check_version(diffusers.__version__)
+    models = list(denoisers(pipe).values())
     scheduler = getattr(pipe, "scheduler", None)
-    if scheduler is None or not models:
+    if not models or not all(callable(getattr(scheduler, name, None)) for name in ("set_timesteps", "step")):
         raise SparseAttentionError(
             "attach needs a pipeline with a scheduler and a transformer",
-            type(pipe).__name__,
+            f"{type(pipe).__name__}: scheduler {type(scheduler).__name__}, {len(models)} transformers",
             "Drive the model by hand with `sparse_compile.denoising(model, steps=...)`.",
         )
-    known = clock_of(pipe)
-    if known is not None and _drives(known, scheduler):
-        return known
-    clock = known or _clock_for(list(models.values()))
-    driver = PipelineDriver(pipe, clock)
-    REGISTRY.attach(clock, driver)
-    driver.attach(scheduler, [] if known else list(models.values()))
+    clock = _clock_for(models)
+    driver = _driver_of(clock) or PipelineDriver(clock)
+    if not driver.follows(pipe):
+        REGISTRY.attach(clock, driver)
+        driver.add(pipe, models)
     return clock
+
+
+def _check_version(installed: str) -> None:
+    numbers = [[*map(int, re.findall(r"\d+", version)[:2])] for version in (installed, LEAST_VERSION)]
+    if numbers[0] < numbers[1]:
+        raise SparseAttentionError(
+            f"pipelines are driven from diffusers {LEAST_VERSION} on",
+            installed,
+            f"Upgrade it (pip install 'diffusers>={LEAST_VERSION}'), or drive the model by hand with"
+            " `sparse_compile.denoising(model, steps=...)`.",
+        )
 
 
 def _clock_for(models: list[nn.Module]) -> Clock:
-    """A clock that has claimed all of these models, or none."""
-    clock = Clock()
-    try:
-        for model in models:
-            REGISTRY.claim(model, clock)
-    except SparseAttentionError:
-        REGISTRY.release(clock)
-        raise
+    """The one clock that has claimed all of these models, made where there is none.
+
+    Raises:
+        SparseAttentionError: a model is another clock's; then nothing has changed.
+    """
+    known = list(dict.fromkeys(clock for model in models if (clock := REGISTRY.attached_clock(model)) is not None))
+    if len(known) > 1:
+        raise SparseAttentionError(
+            "the transformers of a pipeline are driven by one clock",
+            f"{len(known)} clocks, of other pipelines around them",
+            "`sparse_compile.disable` those pipelines, and attach the one that has all of the transformers first.",
+        )
+    clock = known[0] if known else Clock()
+    for model in models:
+        if REGISTRY.attached_clock(model) is None:
+            try:
+                REGISTRY.claim(model, clock)
+            except SparseAttentionError:
+                if not known:
+                    REGISTRY.release(clock)
+                raise
     return clock
 
 
-def _drives(clock: Clock, scheduler: Any) -> bool:
-    drivers = [source for source in REGISTRY.sources(clock) if isinstance(source, PipelineDriver)]
-    return any(driver.drives(scheduler) for driver in drivers)
+def _driver_of(clock: Clock) -> PipelineDriver | None:
+    return next((source for source in REGISTRY.sources(clock) if isinstance(source, PipelineDriver)), None)
 
 
-def clock_of(pipe: DiffusionPipeline) -> Clock | None:
-    """The clock that a pipeline drives, if any."""
-    clocks = map(REGISTRY.attached_clock, denoisers(pipe).values())
-    return next((clock for clock in clocks if clock is not None), None)
-
-
-def denoisers(pipe: DiffusionPipeline) -> dict[str, nn.Module]:
+def denoisers(pipe: Any) -> dict[str, nn.Module]:
     """The models that a pipeline calls in each step, by component name; compiled ones as their originals."""
     found = {}
     for name, component in pipe.components.items():
@@ -97,29 +108,26 @@ def denoisers(pipe: DiffusionPipeline) -> dict[str, nn.Module]:
 
 
 def find_on_stack() -> bool:
-    """Attach the pipeline whose call we are in; whether there is one."""
-    frame = sys._getframe(1)
-    while frame is not None:
-        owner = frame.f_locals.get("self")
-        if isinstance(owner, DiffusionPipeline):
-            scheduler, known = getattr(owner, "scheduler", None), clock_of(owner)
-            if scheduler is None or not denoisers(owner) or (known is not None and _drives(known, scheduler)):
-                return False
-            return _attach_found(owner)
-        if frame.f_back is None:
-            return False
-        frame = frame.f_back
-    return False
-
-
-def _attach_found(pipe: DiffusionPipeline) -> bool:
-    """Attach a pipeline that nobody asked to attach: what stands in the way is a log line, not an error."""
+    """Attach the pipeline whose call we are in; whether there is one that was not attached before."""
+    found = nearest_pipeline()
+    if found is None:
+        return False
+    pipe, frame = found
+    models = list(denoisers(pipe).values())
+    clocks = [clock for model in models if (clock := REGISTRY.attached_clock(model)) is not None]
+    if any((driver := _driver_of(clock)) is not None and driver.follows(pipe) for clock in clocks):
+        return False
     try:
         clock = attach_pipeline(pipe)
-    except SparseAttentionError as error:
-        log.warning("%s is not attached: %s", type(pipe).__name__, error)
+    except SparseAttentionError as error:  # nobody asked to attach it: what stands in the way is a log line
+        if pipe not in REGISTRY.refused:
+            REGISTRY.refused.add(pipe)
+            log.warning("%s is not attached: %s", type(pipe).__name__, error)
         return False
-    name = _open_branch(list(denoisers(pipe).values()))
+    driver = _driver_of(clock)
+    assert driver is not None, "attaching makes one"
+    driver.join(frame.f_locals.get("progress_bar"))
+    name = _open_branch(models)
     if name is not None:
         clock.join(name)
     log.info("attached %s, found on the call stack", type(pipe).__name__)
@@ -131,7 +139,6 @@ def _open_branch(models: list[nn.Module]) -> str | None:
 
     diffusers passes it on to hooks and keeps it nowhere; what still holds it is the generator of the context itself.
     """
-    # `type`, since isinstance asks a weak proxy for its class, and raises where its object is gone.
     for generator in (item for item in gc.get_objects() if type(item) is GeneratorType):
         frame = generator.gi_frame
         if frame is None or generator.gi_code.co_name != "cache_context":
@@ -140,147 +147,3 @@ def _open_branch(models: list[nn.Module]) -> str | None:
             name = frame.f_locals.get("name")
             return name if isinstance(name, str) else None
     return None
-
-
-class PipelineDriver:
-    """Moves a Clock when a pipeline's scheduler is called. Holds the pipeline weakly."""
-
-    def __init__(self, pipe: DiffusionPipeline, clock: Clock) -> None:
-        self._pipe = weakref.ref(pipe, self._pipe_died)
-        self._clock = clock
-        self._hooks: list[MethodHook] = []
-        self._scheduler_hooks: list[MethodHook] = []
-        self._steps_done = 0
-
-    def attach(self, scheduler: Any, models: list[nn.Module]) -> None:
-        """Hook the scheduler and the models; a generation that is under way is joined."""
-        self._drive_by(scheduler)
-        self._hooks.append(MethodHook(self._pipe(), "progress_bar", after=self._follow_scheduler))
-        for model in models:
-            if hasattr(model, "cache_context"):
-                self._hooks.append(MethodHook(model, "cache_context", around=self._context))
-
-    def detach(self) -> None:
-        """Give all methods back."""
-        for hook in (*self._hooks, *self._scheduler_hooks):
-            hook.remove()
-        self._hooks.clear()
-        self._scheduler_hooks.clear()
-
-    def belongs_to(self, pipe: object) -> bool:
-        """Whether it is the driver of this pipeline."""
-        return self._pipe() is pipe
-
-    def drives(self, scheduler: Any) -> bool:
-        """Whether the clock is moved when this scheduler is."""
-        return any(hook.owner() is scheduler for hook in self._scheduler_hooks)
-
-    def _drive_by(self, scheduler: Any) -> None:
-        for hook in self._scheduler_hooks:
-            hook.remove()
-        self._scheduler_hooks = [
-            MethodHook(scheduler, "set_timesteps", after=self._started),
-            MethodHook(scheduler, "step", after=self._stepped),
-        ]
-        if hasattr(scheduler, "set_begin_index"):
-            self._scheduler_hooks.append(MethodHook(scheduler, "set_begin_index", after=self._started))
-        if _has_timesteps(scheduler):
-            self._started(scheduler)
-
-    def _pipe_died(self, _: object) -> None:
-        """Leave the clock to the other pipelines of the same transformer, or stop it."""
-        drivers = [source for source in REGISTRY.sources(self._clock) if isinstance(source, PipelineDriver)]
-        if all(driver._pipe() is None for driver in drivers):
-            REGISTRY.detach(self._clock)
-            return
-        for hook in self._scheduler_hooks:
-            hook.remove()
-        self._scheduler_hooks.clear()
-
-    def _started(self, scheduler: Any) -> None:
-        first = getattr(scheduler, "step_index", None)
-        if first is None:
-            first = getattr(scheduler, "begin_index", None) or 0
-        self._steps_done = int(first)
-        self._clock.start(len(scheduler.timesteps), self._steps_done)
-
-    def _stepped(self, scheduler: Any) -> None:
-        self._steps_done += 1
-        index = getattr(scheduler, "step_index", None)
-        self._clock.step(self._steps_done if index is None else int(index))
-
-    @contextlib.contextmanager
-    def _context(self, name: str) -> Iterator[None]:
-        self._follow_scheduler(self._pipe())
-        with self._clock.branch(name):
-            yield
-
-    def _follow_scheduler(self, pipe: DiffusionPipeline | None) -> None:
-        """Users replace `pipe.scheduler`: the new one is hooked when the pipeline runs (it shows its progress)."""
-        scheduler = getattr(pipe, "scheduler", None)
-        if scheduler is not None and not self.drives(scheduler):
-            self._drive_by(scheduler)
-
-
-def _has_timesteps(scheduler: Any) -> bool:
-    """Whether a generation is under way, or was."""
-    timesteps = getattr(scheduler, "timesteps", None)
-    return timesteps is not None and len(timesteps) > 0
-
-
-class MethodHook:
-    """Stands for one bound method of one instance; calls it, and tells the driver.
-
-    A deep copy of the instance gets the plain method (pipelines copy their scheduler for a second stream).
-    """
-
-    def __init__(
-        self,
-        owner: Any,
-        name: str,
-        after: Callable[[Any], None] | None = None,
-        around: Callable[[str], contextlib.AbstractContextManager[None]] | None = None,
-    ) -> None:
-        self.owner = weakref.ref(owner)
-        self._name = name
-        self._after = after
-        self._around = around
-        self._before = vars(owner).get(name)
-        functools.update_wrapper(self, getattr(type(owner), name))
-        self.__signature__ = inspect.signature(getattr(owner, name))
-        setattr(owner, name, self)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The method, then the news of it."""
-        owner = self.owner()
-        method = self._before or getattr(type(owner), self._name).__get__(owner)
-        if self._around is not None:
-            return self._both(str(args[0] if args else kwargs.get("name")), method(*args, **kwargs))
-        result = method(*args, **kwargs)
-        if self._after is not None:
-            self._after(owner)
-        return result
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        twin = memo.get(id(self.owner()))
-        return self if twin is None else getattr(type(twin), self._name).__get__(twin)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return getattr, (self.owner(), self._name)
-
-    def remove(self) -> None:
-        """Give the method back; where somebody else has wrapped it since, just pass calls on."""
-        self._after = self._around = None
-        owner = self.owner()
-        if owner is None or vars(owner).get(self._name) is not self:
-            return
-        if self._before is None:
-            delattr(owner, self._name)
-        else:
-            setattr(owner, self._name, self._before)
-
-    @contextlib.contextmanager
-    def _both(self, name: str, inner: contextlib.AbstractContextManager[Any]) -> Iterator[Any]:
-        assert self._around is not None, "called for context managers only"
-        with self._around(name), inner as value:
-            yield value

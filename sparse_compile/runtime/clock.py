@@ -11,7 +11,7 @@ import itertools
 import math
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -44,6 +44,10 @@ class Claim:
         """Calls of a named branch that came again within a step, and so had to attend to everything."""
         self.planners: set[Planner] = set()
         """Planners under which a graph of this model ran in this generation."""
+        self.foreign = False
+        """Whether the call under way is none of those whose time the clock tells."""
+        self.foreign_calls = 0
+        """Calls of layers that were foreign, and so attended to everything."""
         self.sparse_calls = 0
         """Calls of this generation that were not dense."""
         self._layers: dict[Planner, list[weakref.ref[Layer]]] = {}
@@ -81,10 +85,20 @@ class Claim:
         index = free[ahead] if ahead < len(free) else free[-1] + 1 + ahead - len(free)
         return self._keeps_dense(index, planner)
 
+    def is_foreign(self, layer: Layer) -> bool:
+        """Whether a call of this layer belongs to somebody else than the loop that moves the clock.
+
+        Each call of the model asks once, for its first layer.
+        """
+        if layer.index == 0 and self.clock.recognises is not None:
+            self.foreign = not self.clock.recognises()
+        return self.foreign
+
     def restart(self) -> None:
         """A generation starts: layers are counted anew, so that each generation decides as the first one did."""
         self._counts.clear()
         self.planners.clear()
+        self.foreign = False
         self.sparse_calls = 0
         self._move(count=False)
 
@@ -160,6 +174,8 @@ class Clock:
         self.moment = Moment(0, 0)
         self.monitor = Monitor()
         self.branch_name: str | None = None
+        self.recognises: Callable[[], bool] | None = None
+        """Whether the call of a model under way is one of the generation's; None: every one is."""
         self.running = threading.Lock()
         """Held while a compiled graph of one of the models runs: one generation at a time."""
         self._claims: list[Claim] = []
@@ -216,13 +232,21 @@ class Clock:
         for claim in self._claims:
             claim.restart()
 
-    def step(self, to: int | None = None) -> None:
-        """Move to the next step, or to step ``to``.
+    def step(self, to: int | None = None, of: int | None = None) -> None:
+        """Move to the next step, or to step ``to``; where the clock is there already, nothing happens.
+
+        Args:
+            to: the step that begins.
+            of: the number of steps, where it has turned out to be another one.
 
         Raises:
             StrictModeError: the last step has ended and nothing became sparse, under strict.
         """
-        moved = self.moment._replace(step=self.moment.step + 1 if to is None else to)
+        moved = self.moment._replace(
+            step=self.moment.step + 1 if to is None else to, steps=self.moment.steps if of is None else of
+        )
+        if moved == self.moment:  # a pipeline that steps its scheduler twice, and puts it back in between
+            return
         self.moment = self.monitor.moved(moved, (layer for claim in self._claims for layer in claim.layers()))
         if self._branch_thread is None:
             self.branch_name = None
@@ -231,6 +255,13 @@ class Clock:
         if self.moment.step == self.moment.steps and not any(claim.sparse_calls for claim in self._claims):
             for claim in self._claims:
                 claim.check_strict()
+
+    def end(self) -> None:
+        """The loop was left, wherever it was: nobody tells the time until the next generation starts."""
+        if not self.over:
+            self.moment = Moment(self.moment.steps, self.moment.steps)
+            for claim in self._claims:
+                claim.step()
 
     @contextlib.contextmanager
     def branch(self, name: str) -> Iterator[None]:

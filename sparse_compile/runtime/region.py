@@ -87,8 +87,10 @@ class Region:
         """Run the graph on Dynamo's arguments."""
         group = self._group(args)
         known = group.layers[0].claim
-        if known is not None and known.clock.over and self._registry.find_clock():
-            known = None  # another pipeline has taken the model over
+        if known is not None:
+            foreign = known.is_foreign(group.layers[0])
+            if (foreign or known.clock.over) and self._registry.find_clock():
+                known = None  # another pipeline has taken the model over
         claim = known or group.layers[0].claim or self._seek_clock(group)
         if claim is None:
             return self._compiled(*args, *self._empty_state(args))
@@ -97,6 +99,9 @@ class Region:
         try:
             if known is not None and group.phase() is not self._phase:  # a clock found just now came after the guard
                 claim.mismatches += 1
+            if claim.foreign:
+                claim.foreign_calls += 0 if claim.clock.over else len(group.layers)
+                return self._compiled(*args, *self._empty_state(args))
             branch = group.layers[0].branch()
             gathered = self._gather(group, claim, branch, args)
             if self._repeats(gathered, claim.clock):

@@ -69,6 +69,8 @@ class Registry:
         self._finders: dict[str, str] = {}
         self.enabled: WeakKeyDictionary[nn.Module, Enabled] = WeakKeyDictionary()
         """Models that `enable` compiled in place, for `disable` to undo."""
+        self.refused: WeakSet[object] = WeakSet()
+        """What a finder came upon and could not attach, which is said once."""
         self._warned_no_clock = False
         self.unowned: deque[GraphRecord] = deque(maxlen=UNOWNED)
         """The newest graphs without any Parameter, which belong to no model; every report shows them apart."""

@@ -10,7 +10,6 @@ import pytest
 import torch
 from diffusers import (
     CogVideoXDDIMScheduler,
-    DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
     UniPCMultistepScheduler,
     WanPipeline,
@@ -29,8 +28,7 @@ from tiny_pipelines import (
     steps_of,
     wan_pipeline,
 )
-from torch import Tensor, nn
-from toy_models import Stack, tokens
+from toy_pipelines import bare_pipeline
 
 import sparse_compile
 from sparse_compile.phases import Moment
@@ -134,27 +132,6 @@ def test_a_replaced_scheduler_is_followed_without_named_branches_too() -> None:
     pipe.scheduler = CogVideoXDDIMScheduler()
     run_cog(pipe, 5)
     assert phases(pipe.transformer) == [[*FOUR, *FOUR, "sparse"]] * 2
-
-
-class BarePipeline(DiffusionPipeline):
-    """Two calls a step, without any name for them."""
-
-    def __init__(self, transformer: nn.Module, scheduler: Any) -> None:
-        super().__init__()
-        self.register_modules(transformer=transformer, scheduler=scheduler)
-
-    @torch.no_grad()
-    def __call__(self, steps: int) -> Tensor:
-        self.scheduler.set_timesteps(steps)
-        x, text = tokens(), tokens(seed=1)
-        for timestep in self.scheduler.timesteps:
-            cond, uncond = self.transformer(x), self.transformer(x + text)
-            x = self.scheduler.step(2 * cond - uncond, timestep, x, return_dict=False)[0]
-        return x
-
-
-def bare_pipeline() -> BarePipeline:
-    return BarePipeline(Stack(2), FlowMatchEulerDiscreteScheduler())
 
 
 def test_unnamed_calls_of_a_pipeline_are_told_apart_by_their_order() -> None:

@@ -46,6 +46,38 @@ def test_a_step_may_be_given_by_number() -> None:
     assert clock.moment == Moment(7, 10)
 
 
+def test_moving_to_the_step_it_is_at_is_no_move() -> None:
+    clock, model = Clock(), Stack(1)
+    claim = clock.claim(model)
+    clock.start(10)
+    clock.step(to=3)
+    moves = claim.moves
+    clock.step(to=3)
+    assert claim.moves == moves
+    clock.step(to=4)
+    assert claim.moves == moves + 1
+
+
+def test_a_generation_may_turn_out_to_have_more_steps() -> None:
+    clock = Clock()
+    clock.start(4)
+    generation = clock.generation
+    clock.step(to=1, of=8)
+    assert (clock.moment, clock.generation) == (Moment(1, 8), generation)
+
+
+def test_a_loop_that_was_left_ends_its_generation_until_the_next_step_is_told() -> None:
+    clock = Clock()
+    clock.start(4)
+    clock.step(to=2)
+    clock.end()
+    assert clock.over
+    assert clock.phase(planner(dense_steps=0), None) is Phase.DENSE
+    clock.step(to=3)
+    assert not clock.over
+    assert clock.moment == Moment(3, 4)
+
+
 @pytest.mark.parametrize("steps", [0, -1, True, 2.0, "3", None])
 def test_a_generation_needs_at_least_one_whole_step(steps: object) -> None:
     clock = Clock()
