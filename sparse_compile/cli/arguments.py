@@ -28,6 +28,15 @@ def share(text: str) -> float:
     return number
 
 
+def frames_height_width(text: str) -> tuple[int, int, int]:
+    """Three sizes, ``21x60x104``."""
+    sizes = text.split("x")
+    if len(sizes) != 3:
+        raise argparse.ArgumentTypeError(f"must look like 21x60x104, not {text!r}")
+    frames, height, width = map(positive, sizes)
+    return frames, height, width
+
+
 def key_value(text: str) -> tuple[str, str]:
     """A pair ``KEY=VALUE``."""
     key, equals, value = text.partition("=")

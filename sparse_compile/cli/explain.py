@@ -1,30 +1,31 @@
-"""``sparse-attn explain``: what the backend does with each attention of the demo model."""
+"""``sparse-attn explain``: what becomes of each attention, of a model without its weights or of the demo model."""
 
 from __future__ import annotations
 
 import argparse
 import json
 from pathlib import Path
-
-import sparse_compile
-from sparse_compile.evaluation.comparison import compile_transformer, demo_options
-from sparse_compile.evaluation.demo_model import VideoSize, demo_scenes, generate, load_pipeline
+from typing import Any
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Generate one video in a few steps and print the report, as a table or as JSON."""
-    options = demo_options(dict(arguments.options))
-    size = VideoSize(*map(int, arguments.size.split("x")))
-    pipeline = load_pipeline()
-    compile_transformer(pipeline, "sparse_attn", options, regional=arguments.regional)
-    generate(pipeline, demo_scenes(1, arguments.seed), size, steps=arguments.steps, seed=arguments.seed)
-    report = sparse_compile.explain(pipeline)
-    if arguments.json is None:
-        print(report)
-        return 0
-    text = json.dumps(report.to_dict(), indent=1)
-    if arguments.json == "-":
+    """Explain a model, or the demo model where none is named; as a table or as JSON."""
+    if arguments.model is None:
+        from sparse_compile.cli.explain_demo import explain_demo
+
+        report = explain_demo(arguments)
+        return _show(str(report), report.to_dict(), arguments.json)
+    from sparse_compile.cli.explain_model import explain_model, printed
+
+    explained = explain_model(arguments)
+    return _show("\n\n".join(map(printed, explained)), [each.to_dict() for each in explained], arguments.json)
+
+
+def _show(text: str, data: Any, target: str | None) -> int:
+    if target is None:
         print(text)
+    elif target == "-":
+        print(json.dumps(data, indent=1))
     else:
-        Path(arguments.json).write_text(text + "\n")
+        Path(target).write_text(json.dumps(data, indent=1) + "\n")
     return 0

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from sparse_compile.cli import bench
-from sparse_compile.cli.arguments import SIZES, key_value, positive
+from sparse_compile.cli.arguments import SIZES, Commands, frames_height_width, key_value, positive
 from sparse_compile.errors import SparseAttentionError
 
 DEMO_MODULES = ("diffusers", "transformers", "ftfy", "rich", "PIL", "numpy", "matplotlib", "jinja2")
@@ -20,8 +20,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one subcommand and return its exit code; 2 for a wrong option or a missing extra."""
     parsed = build_parser().parse_args(arguments)
     try:
-        if parsed.needs_extra:
-            require_demo_extra()
+        if parsed.command == "explain" and parsed.model is not None:
+            require("diffusers", ("diffusers",))
+        elif parsed.needs_extra:
+            require("demo", DEMO_MODULES)
         module = importlib.import_module(f"sparse_compile.cli.{parsed.command}")
         return int(module.run(parsed))
     except SparseAttentionError as error:
@@ -29,18 +31,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
 
 
-def require_demo_extra() -> None:
-    """Check that the modules of the extra ``demo`` are there.
+def require(extra: str, modules: Sequence[str]) -> None:
+    """Check that the modules of an extra are there.
 
     Raises:
         SparseAttentionError: one is missing; the message holds the command that installs it.
     """
-    missing = [name for name in DEMO_MODULES if importlib.util.find_spec(name) is None]
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
     if missing:
         raise SparseAttentionError(
-            "this command needs the packages of the extra 'demo'",
+            f"this command needs the packages of the extra {extra!r}",
             f"missing: {', '.join(missing)}",
-            "Run: pip install 'sparse_compile[demo]'",
+            f"Run: pip install 'sparse_compile[{extra}]'",
         )
 
 
@@ -62,14 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument("--out", default="demo_output", metavar="DIR", help="folder for pictures (demo_output)")
     demo.add_argument("--json", metavar="FILE", help="write all figures to FILE")
 
-    explain = commands.add_parser(
-        "explain",
-        help="say which attentions of the demo model became sparse, and why the others did not",
-        description="Run a few steps of the demo pipeline and print what was done with each attention, by svg2 or by "
-        "the method of --options method=NAME.",
-    )
-    _add_run_arguments(explain, steps=5, size=SIZES[1])
-    explain.add_argument("--json", nargs="?", const="-", metavar="FILE", help="JSON, to FILE or to the terminal")
+    _add_explain(commands)
 
     bench.add_to(commands)
 
@@ -91,12 +86,54 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_run_arguments(parser: argparse.ArgumentParser, *, steps: int, size: str) -> None:
+def _add_explain(commands: Commands) -> None:
+    explain = commands.add_parser(
+        "explain",
+        help="say which attentions of a model become sparse, and why the others do not",
+        description="Build a model without weights, trace one call, and print what becomes of each attention, which "
+        "graphs there are and what they hide. MODEL is a model class of diffusers, a config.json, the folder of a "
+        "model or pipeline, or package.module:callable, which returns a module or (module, keyword arguments of one "
+        "call). Without MODEL: run a few steps of the demo pipeline and print what was done.",
+    )
+    explain.add_argument("model", nargs="?", metavar="MODEL", help="what to explain (default: the demo model)")
+    explain.add_argument(
+        "--latents",
+        type=frames_height_width,
+        default=(21, 60, 104),
+        metavar="FxHxW",
+        help="frames x height x width of the latent video that the transformer gets: pixels over what the VAE "
+        "compresses by, often 4 and 8 (default: 21x60x104, 81 frames of 480x832)",
+    )
+    explain.add_argument("--text", type=positive, default=512, metavar="N", help="text tokens (default: 512)")
+    explain.add_argument(
+        "--input",
+        action="append",
+        default=[],
+        type=key_value,
+        metavar="NAME=VALUE",
+        help="an argument of the call, where the guess is wrong: a shape (1x16x21x60x104, 1x512:int64; with commas a "
+        "tuple of tensors) or a value",
+    )
+    explain.add_argument(
+        "--config",
+        action="append",
+        default=[],
+        type=key_value,
+        metavar="NAME=VALUE",
+        help="change the model's configuration, for example num_layers=2",
+    )
+    explain.add_argument("--json", nargs="?", const="-", metavar="FILE", help="JSON, to FILE or to the terminal")
+    _add_run_arguments(explain, steps=5, size=SIZES[1], subject="demo: ")
+
+
+def _add_run_arguments(parser: argparse.ArgumentParser, *, steps: int, size: str, subject: str = "") -> None:
     parser.set_defaults(needs_extra=True)
-    parser.add_argument("--steps", type=positive, default=steps, help=f"denoising steps (default: {steps})")
-    parser.add_argument("--size", choices=SIZES, default=size, help=f"frames x height x width (default: {size})")
-    parser.add_argument("--seed", type=int, default=0, help="of the starting noise (default: 0)")
-    parser.add_argument("--regional", action="store_true", help="compile block by block, not the whole model")
+    parser.add_argument("--steps", type=positive, default=steps, help=f"{subject}denoising steps (default: {steps})")
+    parser.add_argument(
+        "--size", choices=SIZES, default=size, help=f"{subject}frames x height x width (default: {size})"
+    )
+    parser.add_argument("--seed", type=int, default=0, help=f"{subject}of the starting noise (default: 0)")
+    parser.add_argument("--regional", action="store_true", help=f"{subject}compile block by block, not the whole model")
     parser.add_argument(
         "--options",
         nargs="+",

@@ -6,6 +6,7 @@ relied on here.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -211,3 +212,41 @@ def compiled_call(module: torch.nn.Module) -> object:
 def undo_compile_in_place(module: torch.nn.Module) -> None:
     """Make a module what it was before `Module.compile`."""
     vars(module).pop("_compiled_call_impl", None)  # the class says None
+
+
+def fake_mode() -> AbstractContextManager[Any]:
+    """A mode in which new tensors have sizes and dtypes but no memory, and real ones may be mixed in."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def break_reason(graph_module: fx.GraphModule) -> str:
+    """Why Dynamo ended a graph before the frame's own end, and where; empty where it did not."""
+    reason = getattr(graph_module, "compile_subgraph_reason", None)
+    if reason is None or not reason.graph_break:
+        return ""
+    frames = list(reason.user_stack)
+    where = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
+    return f"{str(reason.reason).strip().splitlines()[0]}{where}"
+
+
+def data_dependent_shapes(captured: bool) -> AbstractContextManager[Any]:
+    """Whether Dynamo keeps operations whose result's shape, or a number, depends on data in its graph."""
+    import torch._dynamo.config as dynamo_config
+
+    if not captured:
+        return contextlib.nullcontext()
+    patch: AbstractContextManager[Any] = dynamo_config.patch(
+        capture_dynamic_output_shape_ops=True, capture_scalar_outputs=True
+    )
+    return patch
+
+
+def needs_values(error: BaseException) -> bool:
+    """Whether an operation failed since fake tensors have sizes but no values."""
+    from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+    from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+
+    kinds = (DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode)
+    return isinstance(error, kinds)

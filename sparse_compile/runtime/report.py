@@ -145,7 +145,7 @@ class Report:
         header = ("layer", "role", "layout", "decision", "reason")
         rows = [(s.layer, s.role, s.layout, s.decision, s.detail or s.reason or "") for s in self.sites]
         lines = (
-            _table(header, rows) if rows else [NOTHING_FOUND if self.compilations else "no attention was compiled yet"]
+            table(header, rows) if rows else [NOTHING_FOUND if self.compilations else "no attention was compiled yet"]
         )
         sparse = sum(site.decision == "sparse" for site in self.sites)
         lines += ["", *(f"compiled: {compiled}" for compiled in self.compiled)]
@@ -154,11 +154,11 @@ class Report:
             lines.append(f"{self.other_compilations} more of graphs without Parameters, of this model or another")
         for number, generation in enumerate(self.generations, 1):
             lines += ["", f"generation {number}: {_summary(generation)}"]
-            lines += _table(("steps", "branch", "phase", "density", "kept mass"), _runs(generation.steps))
+            lines += table(("steps", "branch", "phase", "density", "kept mass"), _runs(generation.steps))
             lines += [f"step {step.step}: {step.note}" for step in generation.steps if step.note]
         if self.heads:
             lines += ["", "newest sparse call, per head"]
-            lines += _table(("layer", "branch", "density", "kept mass"), [_head_row(heads) for heads in self.heads])
+            lines += table(("layer", "branch", "density", "kept mass"), [_head_row(heads) for heads in self.heads])
         return "\n".join(lines + [f"warning: {warning}" for warning in self.warnings])
 
 
@@ -291,7 +291,8 @@ def _of_heads(values: Sequence[float]) -> str:
     return " ".join(f"{value:.2f}" for value in values)
 
 
-def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
+def table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """The lines of a table: a header, a rule, and one line a row."""
     widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
     lines = [header, tuple("-" * width for width in widths), *rows]
     return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]

@@ -13,6 +13,12 @@ from toy_models import Stack, tokens
 from sparse_compile.compiler import torch_internals
 
 NAMES = [
+    "torch._subclasses.fake_tensor:FakeTensorMode",
+    "torch._subclasses.fake_tensor:DataDependentOutputException",
+    "torch._subclasses.fake_tensor:DynamicOutputShapeException",
+    "torch.fx.experimental.symbolic_shapes:GuardOnDataDependentSymNode",
+    "torch._dynamo.config:capture_dynamic_output_shape_ops",
+    "torch._dynamo.config:capture_scalar_outputs",
     "torch._guards:Guard",
     "torch._guards:TracingContext.get",
     "torch._guards:detect_fake_mode",

@@ -1,4 +1,4 @@
-"""The hooks of the documentation's build: the help of the commands, and pages that load nothing from elsewhere."""
+"""The hooks of the documentation's build: help of the commands, reasons, pages that load nothing from elsewhere."""
 
 import argparse
 import importlib.util
@@ -11,6 +11,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 from sparse_compile.cli.main import build_parser
+from sparse_compile.sites import Reason
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -57,6 +58,14 @@ def test_a_marker_becomes_what_the_command_prints(commands):
 def test_the_help_of_no_command_ends_the_build(commands, words):
     with pytest.raises(ValueError, match=r"no command of sparse-attn|asks for the help of"):
         commands.with_help(f"<!-- help: {words} -->")
+
+
+def test_every_reason_is_on_the_page_once():
+    text = hook("reasons").on_page_markdown((DOCS / "reasons.md").read_text())
+    by_design, unsupported = text.split("## Unsupported")
+    for reason in Reason:
+        row = f"| `{reason.code}` | {reason.sentence} |"
+        assert (by_design.count(row), unsupported.count(row)) == (reason.by_design, not reason.by_design)
 
 
 @pytest.mark.parametrize(

@@ -50,6 +50,16 @@ def test_files_that_are_named_exist(document):
     assert not missing
 
 
+def test_what_pages_include_is_included():
+    named = []
+    for document in DOCUMENTS:
+        lines = [line for line in document.read_text().splitlines() if line.startswith("--8")]
+        found = [re.fullmatch(r'--8<-- "(.+)"', line) for line in lines]
+        assert all(found), f"{document.name}: {lines}"
+        named += [match[1] for match in found]
+    assert {"CHANGELOG.md", "examples/quickstart.py", "examples/custom_strategy.py"} == set(named)
+
+
 def test_readme_leads_to_the_documentation():
     targets = [found["target"] for found in LINK.finditer(text_of(ROOT / "README.md"))]
     assert [target for target in targets if target.startswith("docs/")]
