@@ -65,6 +65,7 @@ CASES = (
                 Row("cross", "video:192", 20, "none", "", CROSS): 1,
             },
         ),
+        quick=True,
     ),
     Case(
         "AnyFlow FAR",

@@ -97,5 +97,6 @@ CASES = (
             Row("self", "video:5", 5, "none", "", "factorised_attention"): 2,
         },
         dense_only="frames or space lie in the batch: its attention is factorised",
+        quick=True,
     ),
 )

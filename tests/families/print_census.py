@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 
-from dynamo_capture import capture_case, census
 from families.case import CROSS, SPARSE, Case, Row
+from families.generation import nothing_skipped
 from families.table import CASES, case_of
 
 NAMES = {SPARSE: "SPARSE", CROSS: "CROSS"}
@@ -22,13 +22,13 @@ def as_source(rows: Mapping[Row, int], indent: str) -> str:
 
 
 def spelled(case: Case) -> str:
-    graphs = capture_case(case)
-    lines = [f"{case.name}:", f"        whole={as_source(census(graphs), ' ' * 8)},", f"        graphs={len(graphs)},"]
+    found = nothing_skipped(case.name, False)
+    lines = [f"{case.name}:", f"        whole={as_source(found.sites, ' ' * 8)},", f"        graphs={found.graphs},"]
     if getattr(case.build()[0], "_repeated_blocks", None):
-        graphs = capture_case(case, regional=True)
+        found = nothing_skipped(case.name, True)
         lines.append(
-            f"        regional=Regional(\n            {len(graphs)},\n            "
-            f"{as_source(census(graphs), ' ' * 12)},\n        ),"
+            f"        regional=Regional(\n            {found.graphs},\n            "
+            f"{as_source(found.sites, ' ' * 12)},\n        ),"
         )
     return "\n".join(lines)
 

@@ -35,9 +35,8 @@ def test_names_of_cases_are_unique() -> None:
     assert len({case.name for case in CASES}) == len(CASES)
 
 
-@pytest.mark.parametrize(
-    "name", ["hunyuan_video", pytest.param("wan_t2v", marks=SLOW), pytest.param("flux", marks=SLOW)]
-)
+@SLOW
+@pytest.mark.parametrize("name", ["wan_t2v", "hunyuan_video", "flux"])
 def test_symbolic_sizes_change_no_verdict(name: str) -> None:
     assert dict(census(capture_model(name, dynamic=True))) == case_of(name).whole
 

@@ -228,7 +228,7 @@ CASES = (
         whole={
             Row("cross", "video:192", 20, "none", "", CROSS): 1,
         },
-        graphs=17,
+        graphs=15,
         regional=Regional(
             12,
             {
