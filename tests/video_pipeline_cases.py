@@ -13,7 +13,7 @@ from typing import Any
 import diffusers
 import torch
 import video_pipelines as tiny
-from diffusers.guiders import ClassifierFreeGuidance, SkipLayerGuidance
+from diffusers.guiders import ClassifierFreeGuidance
 from torch import Tensor
 from video_pipelines import SIZE, embeds, prompts
 
@@ -179,17 +179,6 @@ CASES = {
         ("pred_cond",),
         NAMED,
         fewer=dict.fromkeys((0, 1), ("pred_cond", "pred_uncond")),
-    ),
-    "HunyuanVideo-1.5, skip-layer guidance": PipelineCase(
-        lambda: tiny.hunyuan_15(
-            lambda: SkipLayerGuidance(
-                skip_layer_guidance_layers=[1], skip_layer_guidance_start=0.0, skip_layer_guidance_stop=1.0
-            )
-        ),
-        lambda: {**tiny.hunyuan_15_text(), **SIZE},
-        ("pred_cond", "pred_uncond", "pred_cond_skip"),
-        NAMED,
-        fewer={0: ("pred_cond", "pred_uncond")},
     ),
     "Framepack": PipelineCase(
         tiny.framepack,
