@@ -54,7 +54,7 @@ class Reason(Enum):
         "token_order_unknown",
         False,
         "a gather or an unknown operation reorders the video tokens",
-        "",
+        "Compile the repeated blocks alone; text_tokens and text_position tell what was packed by an index.",
     )
     UNKNOWN_GRID = (
         "unknown_grid",

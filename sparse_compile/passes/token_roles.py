@@ -18,7 +18,7 @@ UNNAMED_ROLES = frozenset({LEARNED, VECTOR})
 """Roles that say nothing about the tokens beside them."""
 
 ROLE_WORDS: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("audio", ("audio", "melody", "aud")),
+    ("audio", ("audio", "sound", "melody", "aud")),
     (
         "image",
         (
@@ -34,7 +34,10 @@ ROLE_WORDS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ),
     (
         "text",
-        ("encoder_hidden_states", "prompt", "text", "caption", "cap_feats", "txt", "llm", "byt5", "context"),
+        (
+            *("encoder_hidden_states", "prompt", "text", "caption", "cap_feats", "txt", "llm", "byt5", "context"),
+            *("input_ids", "und"),
+        ),
     ),
     ("control", ("control", "vace", "history", "pose")),
     (
@@ -54,9 +57,12 @@ ROLE_WORDS: tuple[tuple[str, tuple[str, ...]], ...] = (
             "mask",
         ),
     ),
-    ("video", ("hidden_states", "sample", "latent", "x", "img", "video", "visual", "vis")),
+    ("video", ("hidden_states", "sample", "latent", "x", "img", "video", "visual", "vis", "vision", "gen")),
 )
-"""Role and the words that tell it; the first hit wins (``encoder_hidden_states`` holds ``hidden_states``)."""
+"""Role and the words that tell it; the first hit wins (``encoder_hidden_states`` holds ``hidden_states``).
+
+Models that understand and generate call the two streams *und* and *gen*.
+"""
 
 WHOLE_WORD_LENGTH = 3
 """Words up to this long must stand alone: ``sin`` is no part of ``single``."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import MutableMapping, Sequence
+from dataclasses import replace
 
 from torch import fx
 
@@ -313,6 +314,23 @@ def _reduction(walk: Walk, node: fx.Node, dim: int) -> Parts:
     return walk.parts(source, kept[dim])
 
 
+def _pad_sequence(walk: Walk, node: fx.Node, dim: int) -> Parts:
+    """Sequences as rows of a batch: their tokens, if all have parts of the same lengths, and padding behind."""
+    sequences = argument(node, 0, "sequences")
+    along = int(argument(node, 1, "batch_first", False))
+    if dim > 1:
+        return walk.parts(sequences[0], dim - 1)
+    if dim != along:
+        return [part(length(node, dim))]
+    lists = [walk.parts(sequence, 0) for sequence in sequences]
+    alike = len({tuple(p.length for p in parts) for parts in lists}) == 1
+    if not alike or argument(node, 3, "padding_side", "right") != "right":
+        return walk.opaque(node, dim, Note.GATHERED)
+    rest = length(node, dim) - total(lists[0])
+    joined = [replace(row[0], origins=all_origins(row), cut=None) for row in zip(*lists, strict=True)]
+    return [*joined, part(rest, note=Note.GENERATED)]
+
+
 def _reordering(walk: Walk, node: fx.Node, dim: int) -> Parts:
     return walk.opaque(node, dim, Note.GATHERED)
 
@@ -348,7 +366,7 @@ REORDERINGS = (
         "scatter_add",
         "gather",
     ),
-    *("pad_sequence", "sort", "argsort", "roll", "flip"),
+    *("sort", "argsort", "roll", "flip"),
 )
 BLANK_TENSORS = frozenset(
     {"zeros", "ones", "empty", "full", "new_zeros", "new_ones", "new_empty", "new_full", "new_tensor"}
@@ -366,7 +384,13 @@ def _rules() -> dict[str, Rule]:
     rules.update(dict.fromkeys(("sum", "mean", "amax", "amin", "max", "min"), _reduction))
     rules.update(dict.fromkeys(("cat", "concat", "concatenate"), _cat))
     rules.update(
-        stack=_stack, linear=_linear, einsum=_einsum, pad=_pad, view_as_complex=_as_complex, view_as_real=_as_real
+        stack=_stack,
+        linear=_linear,
+        einsum=_einsum,
+        pad=_pad,
+        pad_sequence=_pad_sequence,
+        view_as_complex=_as_complex,
+        view_as_real=_as_real,
     )
     return rules
 

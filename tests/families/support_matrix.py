@@ -75,7 +75,8 @@ def distinct(words: Iterable[str]) -> str:
 
 
 def remarks_on(case: Case) -> list[str]:
-    dense = [f"nothing becomes sparse: {case.dense_only}."] if case.dense_only else []
+    where = " in the whole model" if case.regional is not None and case.goes_sparse(regional=True) else ""
+    dense = [f"nothing becomes sparse{where}: {case.dense_only}."] if case.dense_only else []
     return dense + [case.note] * bool(case.note)
 
 

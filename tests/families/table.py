@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 from families import (
+    audio,
     autoregressive,
     cogvideox,
     cosmos,
+    cross_image,
     flux,
+    flux_kin,
     hunyuan,
+    image_editing,
+    joint_image,
+    joint_video,
     kandinsky,
     latte,
     ltx,
+    ltx2,
+    lumina,
     mochi,
+    packed,
     sana,
     sd3,
     wan,
@@ -33,6 +42,15 @@ GROUPS: dict[str, tuple[Case, ...]] = {
     "latte": latte.CASES,
     "flux": flux.CASES,
     "sd3": sd3.CASES,
+    "ltx2": ltx2.CASES,
+    "joint_video": joint_video.CASES,
+    "packed": packed.CASES,
+    "image_editing": image_editing.CASES,
+    "flux_kin": flux_kin.CASES,
+    "joint_image": joint_image.CASES,
+    "lumina": lumina.CASES,
+    "cross_image": cross_image.CASES,
+    "audio": audio.CASES,
 }
 """Cases of related families, by the name of their module."""
 

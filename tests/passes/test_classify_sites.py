@@ -76,9 +76,13 @@ def test_register_tokens_beside_the_video_make_it_joint() -> None:
         (("encoder_hidden_states", "encoder_hidden_states"), "text-self", Reason.TEXT_ONLY),
         (("audio", "audio"), "audio-self", Reason.AUDIO_ONLY),
         (("image_embeds", "image_embeds"), "image-self", Reason.IMAGE_ONLY),
+        (("sound", "sound"), "audio-self", Reason.AUDIO_ONLY),
+        (("und_seq", "und_seq"), "text-self", Reason.TEXT_ONLY),
         (("tokens", "tokens"), "unknown-self", Reason.UNKNOWN_TOKENS),
+        (("generated", "generated"), "unknown-self", Reason.UNKNOWN_TOKENS),
         (("hidden_states", "hidden_states"), "self", None),
         (("control", "control"), "self", None),
+        (("gen_seq", "gen_seq"), "self", None),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, tuple) else None,
 )

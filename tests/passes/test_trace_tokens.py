@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from dynamo_capture import capture_model, classified
 from torch import Tensor, fx
+from torch.nn.utils.rnn import pad_sequence
 
 from sparse_compile.passes import trace_tokens as walking
 from sparse_compile.passes.graph_facts import hint, sizes, static_length
@@ -177,6 +178,9 @@ RULES: list[tuple[str, Rule, int, str]] = [
     ("einsum of two, left", lambda i: torch.einsum("bsc,btc->bst", i.video, i.text), 1, "video:180"),
     ("einsum of two, right", lambda i: torch.einsum("bsc,btc->bst", i.video, i.text), 2, "text:7"),
     ("einsum with an ellipsis", lambda i: torch.einsum("...sc->...cs", i.video), 2, "video:180!unknown operation"),
+    ("pad_sequence, alike", lambda i: pad_sequence(list(i.video), batch_first=True), 1, "video:180"),
+    ("pad_sequence, tokens first", lambda i: pad_sequence([i.text[0]]), 0, "text:7"),
+    ("pad_sequence, unlike", lambda i: pad_sequence([i.video[0], i.text[0]], True), 1, "mixed:180!gathered"),
     ("mean over channels", lambda i: i.video.mean(-1), 1, "video:180"),
     ("mean over the axis", lambda i: i.video.mean(1, keepdim=True), 1, "video:1!unknown operation"),
     ("expand", lambda i: i.video[:, None].expand(2, 5, 180, 16), 1, "learned:5!generated"),
@@ -210,6 +214,13 @@ def test_each_rule_of_the_walk_gives_the_parts_one_expects(function: Rule, dim: 
         return function(Given(latents, hidden_states, encoder_hidden_states))
 
     assert trace(forward, dim) == expected
+
+
+def test_a_context_joined_on_the_channels_does_not_hide_the_video() -> None:
+    def forward(hidden_states: Tensor, context: Tensor, **_: Tensor) -> Tensor:
+        return torch.cat([context, hidden_states], dim=-1)
+
+    assert trace(forward, context=torch.randn(TOKENS)) == "video:180"
 
 
 def test_a_rotary_table_in_front_does_not_hide_the_video() -> None:
