@@ -4,21 +4,30 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import importlib.util
+import json
 import os
 import platform
+import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 
+from sparse_compile.cli import caches
 from sparse_compile.compiler.kernel_choice import why_not_triton
 from sparse_compile.config import ENV_PREFIX, FOREIGN_VARIABLES, Config, belongs, declared_options
 from sparse_compile.errors import SparseAttentionError
 from sparse_compile.kernels.cpp import build, isa
 
 BACKEND = "sparse_attn"
-OLDEST_TORCH = (2, 11)
+OLDEST = {"torch": (2, 11), "diffusers": (0, 42)}
+"""The least versions that are supported, as pyproject.toml has them."""
+PACKAGES = ("torch", "triton", "diffusers", "transformers", "accelerate", "torchao", "peft")
+"""Whose version matters when something does not work; all but torch may be missing."""
+VARIABLES = re.compile(r"TORCH_LOGS|TORCH_COMPILE_DISABLE|TORCHDYNAMO_\w+|TORCHINDUCTOR_\w+|TRITON_\w+|CXX")
+"""Variables that change what torch.compile does."""
 
 
 @dataclass(frozen=True)
@@ -34,35 +43,41 @@ class Finding:
         return f"{line}\n{'':23} {self.problem}" if self.problem else line
 
 
-def run(_: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace) -> int:
     """Print every finding; 1 when one is a problem."""
+    environ = dict(os.environ)  # looking for its cache, Inductor sets a variable of its own
     findings = [
         *check_versions(),
         *check_devices(),
-        check_cpp_compiler(os.environ),
+        check_cpp_compiler(environ),
+        *check_caches(),
         check_backend(),
-        *check_environment(os.environ),
+        *check_environment(environ),
     ]
+    problems = sum(bool(finding.problem) for finding in findings)
+    if arguments.json:
+        print(json.dumps([asdict(finding) for finding in findings], indent=1))
+        return 1 if problems else 0
     for finding in findings:
         print(finding)
-    problems = sum(bool(finding.problem) for finding in findings)
     print(f"\n{problems} problem(s) found." if problems else "\nEverything the backend needs is there.")
     return 1 if problems else 0
 
 
 def check_versions() -> list[Finding]:
-    """Python and the packages that matter; only torch can be too old."""
-    installed = str(torch.__version__)
-    major, minor = (int(part) for part in installed.split(".")[:2])
-    wanted = ".".join(map(str, OLDEST_TORCH))
-    problem = f"torch >= {wanted} is needed: pip install --upgrade torch" if (major, minor) < OLDEST_TORCH else ""
-    return [
-        Finding("python", platform.python_version()),
-        Finding("sparse_compile", _version("sparse_compile")),
-        Finding("torch", installed, problem),
-        Finding("triton", _version("triton")),
-        Finding("diffusers", _version("diffusers")),
-    ]
+    """Python and the packages that matter."""
+    python = Finding("python", platform.python_version())
+    return [python, Finding("sparse_compile", _version("sparse_compile")), *map(_check_package, PACKAGES)]
+
+
+def _check_package(name: str) -> Finding:
+    installed = str(torch.__version__) if name == "torch" else _version(name)
+    numbers = re.match(r"(\d+)\.(\d+)", installed)
+    oldest = OLDEST.get(name)
+    if oldest is None or numbers is None or (int(numbers[1]), int(numbers[2])) >= oldest:
+        return Finding(name, installed)
+    wanted = ".".join(map(str, oldest))
+    return Finding(name, installed, f"{name} >= {wanted} is needed: pip install --upgrade {name}")
 
 
 def check_devices() -> list[Finding]:
@@ -95,6 +110,16 @@ def check_cpp_compiler(environ: Mapping[str, str]) -> Finding:
     )
 
 
+def check_caches() -> list[Finding]:
+    """Where compiled code is kept. A folder of another user, or one without room to write, makes compiling fail."""
+    inductor = caches.inductor_folder()
+    found = [Finding("inductor cache", str(inductor), inductor.problem)]
+    if importlib.util.find_spec("triton") is not None:
+        triton = caches.triton_folder()
+        found.append(Finding("triton cache", str(triton), triton.problem))
+    return found
+
+
 def check_backend() -> Finding:
     """Does ``torch.compile(model, backend="sparse_attn")`` find us?"""
     if BACKEND not in torch.compiler.list_backends():
@@ -112,7 +137,7 @@ def check_backend() -> Finding:
 
 
 def check_environment(environ: Mapping[str, str]) -> list[Finding]:
-    """The ``SPARSE_ATTN_*`` variables: unknown names and values that are refused."""
+    """The ``SPARSE_ATTN_*`` variables, with unknown names and refused values; and those that steer torch.compile."""
     ours = {name: value for name, value in environ.items() if name.startswith(ENV_PREFIX)}
     known = {ENV_PREFIX + name.upper() for name in declared_options()} | FOREIGN_VARIABLES
     findings = []
@@ -128,7 +153,8 @@ def check_environment(environ: Mapping[str, str]) -> list[Finding]:
         if not problem and chosen is not None and not belongs(name.removeprefix(ENV_PREFIX).lower(), chosen):
             problem = f"Only method {method['method']} reads it, and SPARSE_ATTN_METHOD is {chosen}."
         findings.append(Finding(name, ours[name], problem))
-    return findings or [Finding("environment", f"no {ENV_PREFIX}* variable is set")]
+    of_torch = [Finding(name, environ[name]) for name in sorted(environ) if VARIABLES.fullmatch(name)]
+    return [*(findings or [Finding("environment", f"no {ENV_PREFIX}* variable is set")]), *of_torch]
 
 
 def _triton_version() -> str:

@@ -80,9 +80,11 @@ def build_parser() -> argparse.ArgumentParser:
     doctor = commands.add_parser(
         "doctor",
         help="check the installation",
-        description="Print versions and devices, and check what the backend needs. Exit code 1: a problem.",
+        description="Print versions, devices and what runs on them, the compiler, caches and their owners, and the "
+        "environment, and check what the backend needs. Exit code 1: a problem.",
     )
     doctor.set_defaults(needs_extra=False)
+    doctor.add_argument("--json", action="store_true", help="print the findings as JSON")
     return parser
 
 

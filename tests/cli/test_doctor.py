@@ -1,9 +1,13 @@
 """``sparse-attn doctor``: each problem is found, named, and changes the exit code."""
 
+import json
+import tomllib
+from pathlib import Path
+
 import pytest
 import torch
 
-from sparse_compile.cli import doctor
+from sparse_compile.cli import caches, doctor
 from sparse_compile.cli.main import main
 from sparse_compile.kernels.cpp import build
 from sparse_compile.kernels.cpp.isa import detected
@@ -69,6 +73,61 @@ def test_a_missing_compiler_is_a_problem(monkeypatch):
     monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
     assert "install g++" in doctor.check_cpp_compiler({}).problem
     assert "my-cxx" in doctor.check_cpp_compiler({"CXX": "my-cxx -O2"}).value
+
+
+def test_the_findings_are_printed_as_json_too(capsys):
+    assert main(["doctor", "--json"]) == 0
+    findings = {finding["subject"]: finding for finding in json.loads(capsys.readouterr().out)}
+    assert findings["torch"] == {"subject": "torch", "value": str(torch.__version__), "problem": ""}
+    assert "MiB" in findings["inductor cache"]["value"]
+
+
+def test_the_least_versions_are_those_of_the_package():
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    requirements = [*project["dependencies"], *project["optional-dependencies"]["diffusers"]]
+    for name, version in doctor.OLDEST.items():
+        assert f"{name}>={'.'.join(map(str, version))}" in requirements
+
+
+def test_a_missing_package_is_none_and_an_old_diffusers_is_a_problem(monkeypatch):
+    installed = {"diffusers": "0.35.2"}
+    monkeypatch.setattr(doctor, "_version", lambda name: installed.get(name, "not installed"))
+    problems = {finding.subject: finding.problem for finding in doctor.check_versions() if finding.problem}
+    assert problems == {"diffusers": "diffusers >= 0.42 is needed: pip install --upgrade diffusers"}
+
+
+def test_variables_that_steer_torch_compile_are_shown():
+    shown = doctor.check_environment({"TORCH_COMPILE_DISABLE": "1", "TORCHINDUCTOR_FREEZING": "1", "PATH": "/bin"})
+    assert [finding.subject for finding in shown[1:]] == ["TORCHINDUCTOR_FREEZING", "TORCH_COMPILE_DISABLE"]
+
+
+def test_a_cache_of_ones_own_is_sound_and_measured(tmp_path):
+    (tmp_path / "below").mkdir()
+    (tmp_path / "below" / "kernel.so").write_bytes(bytes(3 * caches.MEBIBYTE))
+    folder = caches.examine_cache(lambda: tmp_path, "SOME_DIR")
+    assert not folder.problem and folder.mebibytes == pytest.approx(3, abs=0.1)
+    assert str(folder).endswith(f" of {folder.owner}, 3 MiB")
+
+
+def test_a_cache_that_is_not_there_yet_is_made_later(tmp_path):
+    folder = caches.examine_cache(lambda: tmp_path / "a" / "b", "SOME_DIR")
+    assert not folder.problem and str(folder).endswith("b, not there yet")
+
+
+def test_a_cache_that_cannot_be_used_is_a_problem(tmp_path, monkeypatch):
+    def refused():
+        raise PermissionError(13, "Permission denied", "/somewhere")
+
+    assert "It cannot be made: Permission denied" in caches.examine_cache(refused, "SOME_DIR").problem
+    (tmp_path / "file").write_text("")
+    assert "It is no folder" in caches.examine_cache(lambda: tmp_path / "file", "SOME_DIR").problem
+    monkeypatch.setattr(caches, "_owner", lambda path: ("someone", False))
+    foreign = caches.examine_cache(lambda: tmp_path, "SOME_DIR")
+    assert "another user" in foreign.problem and "someone" in str(foreign)
+    monkeypatch.setattr(caches.os, "access", lambda path, mode: False)
+    for path in (tmp_path, tmp_path / "new"):
+        problem = caches.examine_cache(lambda path=path: path, "SOME_DIR").problem
+        assert "cannot be written to. Set SOME_DIR to a folder of your own." in problem
 
 
 def test_a_cpu_without_its_kernels_has_the_reason_and_no_problem(monkeypatch):
