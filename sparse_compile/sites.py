@@ -23,7 +23,7 @@ class Reason(Enum):
     """
 
     CROSS_ATTENTION = ("cross_attention", True, "cross-attention: few keys, nothing to gain", "")
-    EXTRA_KEYS = ("extra_keys", True, "the keys hold more than the queries' own tokens", "")
+    EXTRA_KEYS = ("extra_keys", True, "tokens that are no video attend to themselves and to more", "")
     TEXT_ONLY = ("text_only", True, "attention among text tokens", "")
     AUDIO_ONLY = ("audio_only", True, "attention among audio tokens", "")
     IMAGE_ONLY = ("image_only", True, "attention among image-embedding tokens", "")
