@@ -10,6 +10,7 @@ from torch import nn
 
 from sparse_compile.compiler.in_place import CompiledInPlace, compiled_part
 from sparse_compile.errors import SparseAttentionError
+from sparse_compile.integrations.hooked_forward import forward_slots
 from sparse_compile.integrations.repeated_blocks import Parts, parts_to_compile
 from sparse_compile.runtime.clock import Clock
 from sparse_compile.runtime.enabled import Compilation, Enabled
@@ -120,7 +121,7 @@ def _compiled(
 ) -> Enabled:
     """Compile the chosen parts of a model, and say which these are."""
     how = {"options": dict(options), "fullgraph": compilation.fullgraph, "dynamic": compilation.dynamic}
-    compiled = CompiledInPlace(parts.modules, backend=BACKEND, **how)
+    compiled = CompiledInPlace(parts.modules, forward_slots, backend=BACKEND, **how)
     log.info("%s (%s): compiled is %s", name, type(model).__name__, parts.choice)
     if parts.warning:
         log.warning("%s: %s", name, parts.warning)

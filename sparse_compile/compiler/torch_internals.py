@@ -209,11 +209,6 @@ def compiled_call(module: torch.nn.Module) -> object:
     return module._compiled_call_impl
 
 
-def undo_compile_in_place(module: torch.nn.Module) -> None:
-    """Make a module what it was before `Module.compile`."""
-    vars(module).pop("_compiled_call_impl", None)  # the class says None
-
-
 def fake_mode() -> AbstractContextManager[Any]:
     """A mode in which new tensors have sizes and dtypes but no memory, and real ones may be mixed in."""
     from torch._subclasses.fake_tensor import FakeTensorMode
