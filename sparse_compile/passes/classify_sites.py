@@ -130,6 +130,8 @@ def _role(query: Sequence[Part], key: Sequence[Part], inputs: Inputs) -> str:
         return f"{only or ('other' if named else UNKNOWN)}-self"
     if _contains(key, query, inputs):
         return EXTRA
+    if {UNKNOWN} == named == {role_of_part(p, inputs) for p in key} and total(query).hint == total(key).hint:
+        return f"{UNKNOWN}-self"  # behind a graph break they arrive apart: nothing says that they are other tokens
     return CROSS if visual else f"{only or ('other' if named else 'learned')}-cross"
 
 
@@ -231,7 +233,7 @@ def _reasons(findings: _Findings, config: Config, unsupported_reason: Refusal) -
     if site.role == EXTRA and not _video_among_more_video(site):
         yield Reason.EXTRA_KEYS
     if site.role not in (SELF, JOINT, EXTRA):
-        yield Reason.UNKNOWN_TOKENS
+        yield Reason.NO_PARAMETER if site.owner is None else Reason.UNKNOWN_TOKENS
     if findings.factorised:
         yield Reason.FACTORISED
     yield from _outside_the_kernels(site)

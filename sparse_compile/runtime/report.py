@@ -31,6 +31,10 @@ NOTHING_FOUND = (
     "no scaled_dot_product_attention in what was compiled: attention written by hand, flex attention and back ends that"
     " call kernels of their own cannot be rewritten (in diffusers, set_attention_backend('native') goes back)"
 )
+NOTHING_FOUND = (
+    "no compiled graph holds a scaled_dot_product_attention, so nothing became sparse: another attention back end"
+    " (set_attention_backend('native') gives it back), or a processor that attends in its own way"
+)
 MOST_HEADS = 8
 """Heads whose values the printed report lists; of more it gives range and mean."""
 
@@ -195,6 +199,8 @@ def build_report(models: Mapping[str, nn.Module], registry: Registry) -> Report:
     ]
     report.warnings += [graph.warning for graph in unowned if graph.warning]
     report.sites = list(dict.fromkeys(report.sites))
+    if report.compilations and not report.sites:
+        report.warnings.append(NOTHING_FOUND)
     claims = dict.fromkeys(layer.claim for _, layer in layers if layer.claim is not None)
     if mismatches := sum(claim.mismatches for claim in claims):
         report.warnings.append(f"{mismatches} calls ran a graph of another phase; is a guard filter in use?")

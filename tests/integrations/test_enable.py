@@ -324,6 +324,7 @@ def test_a_failing_enable_leaves_the_pipeline_attached_that_was() -> None:
 # ---------------------------------------------------------------------- a real model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("regional", [False, True], ids=["whole", "regional"])
 def test_a_pipeline_of_diffusers_is_switched_over_and_back(regional: bool) -> None:
     pipe = wan_pipeline()

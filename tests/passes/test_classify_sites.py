@@ -80,6 +80,8 @@ def test_register_tokens_beside_the_video_make_it_joint() -> None:
         (("und_seq", "und_seq"), "text-self", Reason.TEXT_ONLY),
         (("tokens", "tokens"), "unknown-self", Reason.UNKNOWN_TOKENS),
         (("generated", "generated"), "unknown-self", Reason.UNKNOWN_TOKENS),
+        (("tokens", "others"), "unknown-self", Reason.UNKNOWN_TOKENS),
+        (("tokens", "encoder_hidden_states"), "unknown-cross", Reason.CROSS_ATTENTION),
         (("hidden_states", "hidden_states"), "self", None),
         (("control", "control"), "self", None),
         (("gen_seq", "gen_seq"), "self", None),
