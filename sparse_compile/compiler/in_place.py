@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 from weakref import ref
 
@@ -17,6 +17,11 @@ Slot = tuple[Any, str]
 """An object and the name of its attribute that holds a callable."""
 Slots = Callable[[nn.Module], Iterable[Slot]]
 """Where the forward of a module may lie: in the module, and where hooks have put it that run around it."""
+
+
+def without_hooks(module: nn.Module) -> Iterator[Slot]:
+    """The slots of a module that nobody has put a hook around."""
+    yield module, "forward"
 
 
 class CompiledForward:
@@ -58,7 +63,7 @@ class CompiledInPlace:
         Exception: whatever `torch.compile` raises for these arguments; the modules are then as they were.
     """
 
-    def __init__(self, modules: Sequence[nn.Module], slots: Slots, **how: Any) -> None:
+    def __init__(self, modules: Sequence[nn.Module], slots: Slots = without_hooks, **how: Any) -> None:
         self._slots = slots
         self._placed: list[tuple[ref[nn.Module], ref[CompiledForward], bool]] = []
         try:
