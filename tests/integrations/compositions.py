@@ -109,7 +109,7 @@ COMPOSITIONS = [
     Composition("LoRA fused", fuse_lora),
     Composition("LoRA unfused", unfuse_lora),
     Composition("torchao int8 weight-only linears", quantize, either_order=True),
-    Composition("Layerwise casting", cast_layerwise, reason="no_parameter", either_order=True),
+    Composition("Layerwise casting", cast_layerwise, reason="unknown_tokens", either_order=True),
     Composition("Group offload, block level", offload_blocks, either_order=True, quick=True),
     Composition("Group offload, leaf level", offload_leaves, reason="no_parameter"),
     Composition("Sequential CPU offload", offload_sequentially, reason="no_parameter"),

@@ -13,7 +13,7 @@ from diffusers import WanPipeline, WanTransformer3DModel
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from families.wan import wan_t2v
 from generations import QUICK
-from integrations.compositions import COMPOSITIONS, Composition, add_lora
+from integrations.compositions import COMPOSITIONS, Composition, add_lora, cast_layerwise
 from tiny_pipelines import FOUR, OPTIONS, expected, run, steps_of, wan_pipeline
 from toy_pipeline import toy_pipeline
 
@@ -71,6 +71,16 @@ def test_nothing_skipped_equals_eager(composition: Composition, when: str) -> No
         assert report.compilations == 3
         sparse_compile.enable(pipe, **OPTIONS)
         assert not torch.allclose(run(pipe), wanted, atol=1e-3)
+
+
+@slow
+def test_under_layerwise_casting_the_option_text_tokens_makes_it_sparse() -> None:
+    twin, pipe = wan_pipeline(), wan_pipeline()
+    for pipeline in (twin, pipe):
+        cast_layerwise(pipeline)
+    sparse_compile.enable(pipe, text_tokens=0, **EXACT)
+    assert_near(run(pipe), run(twin))
+    assert steps_of(pipe) == expected(*FOUR)
 
 
 def test_the_page_has_a_row_for_each_composition() -> None:
