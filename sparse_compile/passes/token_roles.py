@@ -90,14 +90,19 @@ def role_of_name(name: str) -> str:
 
 def _role_by_rank(node: fx.Node, inputs: Inputs) -> str:
     """Latents have a grid, text is the shorter of the sequences, the rest are vectors."""
-    if rank(node) >= 4:
+    if _has_grid(node):
         return "video"
-    if rank(node) <= 2:
+    if rank(node) != 3:
         return VECTOR
     arguments = [n for n, known in inputs.items() if is_tensor(n) and not known.owned]
     longest = max((sizes(n)[1] for n in arguments if rank(n) == 3), default=0)
-    beside_latents = any(rank(n) >= 4 for n in arguments)
+    beside_latents = any(map(_has_grid, arguments))
     return "text" if beside_latents or sizes(node)[1] < longest else UNKNOWN
+
+
+def _has_grid(node: fx.Node) -> bool:
+    """Whether an input has more axes than a table of rotary angles or a mask, which broadcast along one."""
+    return rank(node) >= 4 and sum(size > 1 for size in sizes(node)[1:]) >= 3
 
 
 def role_of_part(part: Part, inputs: Inputs) -> str:

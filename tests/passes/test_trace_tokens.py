@@ -255,8 +255,10 @@ def test_weights_leave_no_origin() -> None:
     [
         (((2, 4, 3, 6, 10), (2, 7, 16), (2,)), ["video", "text", "vector"]),
         (((2, 180, 16), (2, 7, 16), (2,)), ["unknown", "text", "vector"]),
+        (((2, 180, 16), (2, 7, 16), (1, 180, 1, 8)), ["unknown", "text", "vector"]),
+        (((2, 4, 1, 6, 10), (2, 7, 16), (2,)), ["video", "text", "vector"]),
     ],
-    ids=["latents", "packed"],
+    ids=["latents", "packed", "packed, beside rotary angles", "one frame"],
 )
 def test_positional_inputs_get_their_role_from_their_rank(
     sizes_: tuple[tuple[int, ...], ...], roles: list[str]
