@@ -144,7 +144,6 @@ CASES = {
         ("cond_uncond",),
         "one batch",
         "the scheduler knows no step: its calls are counted",
-        quick=True,
     ),
     "CogVideoX video to video": PipelineCase(
         lambda: tiny.cogvideox(diffusers.CogVideoXVideoToVideoPipeline),
@@ -202,7 +201,6 @@ CASES = {
         ("0", "1"),
         ORDER,
         "the scheduler steps twice a step, and is put back in between",
-        quick=True,
     ),
     "Kandinsky 5": PipelineCase(tiny.kandinsky, lambda: {**tiny.kandinsky_text(), **SIZE}, ("0", "1"), ORDER),
     "LTX-Video": PipelineCase(

@@ -108,6 +108,7 @@ def test_a_modular_pipeline_is_attached_like_any_other() -> None:
     assert torch.equal(generate(), first)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bars", [True, False], ids=["shown", "hidden"])
 def test_a_loop_that_steps_copies_of_its_scheduler_is_told_by_its_bar_when_it_is_found(bars: bool) -> None:
     pipe = tiny.skyreels(tiny.diffusers.SkyReelsV2DiffusionForcingPipeline)

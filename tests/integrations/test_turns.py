@@ -23,7 +23,7 @@ def alone(seed: int = 0) -> Tensor:
     return bare_pipeline(compiled_stack())(4, seed)
 
 
-@pytest.fixture(params=["attached", "found"])
+@pytest.fixture(params=["attached", pytest.param("found", marks=pytest.mark.slow)])
 def pipe(request: pytest.FixtureRequest) -> BarePipeline:
     found = bare_pipeline(compiled_stack())
     if request.param == "attached":
