@@ -113,7 +113,7 @@ def _first_that_runs(model: nn.Module, choices: Mapping[str, Sequence[Any]]) -> 
             if needs_values(error):
                 return CallFound(arguments, Counter(), first_line(error))
             first = first or f"{first_line(error)}, called with {described(arguments)}"
-    raise _cannot_guess(sorted(choices), first)
+    raise _cannot_guess(list(choices), first)
 
 
 def _combinations(choices: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:
