@@ -153,9 +153,9 @@ def test_a_large_model_is_built_without_memory():
 @pytest.mark.parametrize("name", GUESSED)
 def test_a_configuration_alone_shows_the_sites_that_the_table_of_families_lists(name):
     case = case_of(name)
+    built, _ = case.build()
     with fake_mode(), torch.no_grad():
-        config = dict(case.build()[0].config)
-        model = type(case.build()[0]).from_config(config).eval()
+        model = type(built).from_config(dict(built.config)).eval()
         call = find_call(model, Sizes(5, 16, 24, 20), {})
         found = examine(model, call.arguments, Config(min_tokens=64), call.eager, fullgraph=bool(call.needs_values))
     expected: Counter[tuple[str, str]] = Counter()
