@@ -201,22 +201,10 @@ def build_report(models: Mapping[str, nn.Module], registry: Registry) -> Report:
     report.sites = list(dict.fromkeys(report.sites))
     if report.compilations and not report.sites:
         report.warnings.append(NOTHING_FOUND)
-    claims = dict.fromkeys(layer.claim for _, layer in layers if layer.claim is not None)
-    if mismatches := sum(claim.mismatches for claim in claims):
-        report.warnings.append(f"{mismatches} calls ran a graph of another phase; is a guard filter in use?")
-    if repeated := sum(claim.repeated_calls for claim in claims):
-        report.warnings.append(
-            f"{repeated} calls came again in the same step and branch and attended to everything: give them a branch"
-            " name of their own, or move the clock"
-        )
-    if foreign := sum(claim.foreign_calls for claim in claims):
-        report.warnings.append(
-            f"{foreign} calls of layers came from outside of the pipeline that tells the time, and attended to"
-            " everything: let pipelines around one transformer take turns"
-        )
     report.calls = calls_of(layers)
     report.generations = generations_of(report.calls, verdict_notes(layers))
     report.heads = heads_of(layers)
+    report.warnings += _warnings_of_time([layer for _, layer in layers], bool(report.generations))
     configs = {name: layer.planner.config for name, layer in layers}
     least = {
         name: None if config.target_recall is not None or config.sparsity_at_work == 0 else config.min_recall
@@ -229,6 +217,30 @@ def build_report(models: Mapping[str, nn.Module], registry: Registry) -> Report:
     )
     report.warnings += [warning for warning in found if warning]
     return report
+
+
+def _warnings_of_time(layers: Sequence[Layer], timed: bool) -> list[str]:
+    """What went wrong with the clock of these layers; ``timed``: whether any of their calls was in a generation."""
+    warnings = []
+    claims = dict.fromkeys(layer.claim for layer in layers if layer.claim is not None)
+    if layers and not claims and not timed:
+        warnings.append(
+            "every call was dense, since no clock told the denoising step: attach the pipeline, or call the model"
+            " inside `with sparse_compile.denoising(model, steps=...)`"
+        )
+    if mismatches := sum(claim.mismatches for claim in claims):
+        warnings.append(f"{mismatches} calls ran a graph of another phase; is a guard filter in use?")
+    if repeated := sum(claim.repeated_calls for claim in claims):
+        warnings.append(
+            f"{repeated} calls came again in the same step and branch and attended to everything: give them a branch"
+            " name of their own, or move the clock"
+        )
+    if foreign := sum(claim.foreign_calls for claim in claims):
+        warnings.append(
+            f"{foreign} calls of layers came from outside of the pipeline that tells the time, and attended to"
+            " everything: let pipelines around one transformer take turns"
+        )
+    return warnings
 
 
 def _path(prefix: str, parameter: str) -> str:

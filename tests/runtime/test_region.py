@@ -99,6 +99,10 @@ def test_without_a_clock_all_is_dense_with_one_warning(way: str, caplog: pytest.
     report = sparse_compile.explain(model)
     assert report.generations == []
     assert report.compilations == 1
+    assert any("no clock told the denoising step" in warning for warning in report.warnings)
+    with sparse_compile.denoising(model, steps=1):
+        call(tokens())
+    assert not any("no clock" in warning for warning in sparse_compile.explain(model).warnings)
 
 
 def test_a_sparse_graph_that_runs_without_a_clock_attends_to_everything() -> None:

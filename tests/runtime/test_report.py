@@ -52,7 +52,7 @@ def report_of(way: str = "whole", steps: int = 4, **options: object) -> Report:
 def test_the_report_as_data_has_this_schema() -> None:
     data = report_of().to_dict()
     counts, means = ["compilations", "other_compilations"], ["density", "density_run", "kept_mass"]
-    assert list(data) == ["sites", *counts, *means, "generations", "heads", "warnings"]
+    assert list(data) == ["sites", *counts, *means, "generations", "heads", "warnings", "compiled"]
     assert [list(site) for site in data["sites"]] == [SITE_KEYS] * 2
     assert [list(generation) for generation in data["generations"]] == [["steps", *means, "at_floor", "at_ceiling"]]
     assert [list(step) for step in data["generations"][0]["steps"]] == [STEP_KEYS] * 8
