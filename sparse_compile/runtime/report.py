@@ -31,10 +31,6 @@ NOTHING_FOUND = (
     "no scaled_dot_product_attention in what was compiled: attention written by hand, flex attention and back ends that"
     " call kernels of their own cannot be rewritten (in diffusers, set_attention_backend('native') goes back)"
 )
-NOTHING_FOUND = (
-    "no compiled graph holds a scaled_dot_product_attention, so nothing became sparse: another attention back end"
-    " (set_attention_backend('native') gives it back), or a processor that attends in its own way"
-)
 MOST_HEADS = 8
 """Heads whose values the printed report lists; of more it gives range and mean."""
 
@@ -148,9 +144,8 @@ class Report:
     def __str__(self) -> str:
         header = ("layer", "role", "layout", "decision", "reason")
         rows = [(s.layer, s.role, s.layout, s.decision, s.detail or s.reason or "") for s in self.sites]
-        lines = (
-            table(header, rows) if rows else [NOTHING_FOUND if self.compilations else "no attention was compiled yet"]
-        )
+        nothing = "no attention was found" if self.compilations else "no attention was compiled yet"
+        lines = table(header, rows) if rows else [nothing]
         sparse = sum(site.decision == "sparse" for site in self.sites)
         lines += ["", *(f"compiled: {compiled}" for compiled in self.compiled)]
         lines += [f"{sparse} of {len(self.sites)} sites sparse, {self.compilations} compilations"]

@@ -19,7 +19,7 @@ QUOTED = {
         "compiling a graph with ",
     ),
     "not_faster.md": (
-        "no clock tells the denoising step, so attention stays dense",
+        "every call was dense, since no clock told the denoising step",
         " calls in one step",
         "no scaled_dot_product_attention in what was compiled",
         "plain torch: ",

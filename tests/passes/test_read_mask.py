@@ -22,6 +22,53 @@ def outer(m: Tensor) -> Tensor:
     return (rows & rows.transpose(2, 3)).bool()
 
 
+def shown(m: Tensor) -> Tensor:
+    return m[:, None, None, :].expand(-1, 1, TOKENS, -1)
+
+
+def causal_in_place(m: Tensor) -> Tensor:
+    copy = shown(m).contiguous()
+    copy.masked_fill_(torch.ones(TOKENS, TOKENS, dtype=torch.bool).triu(1), False)
+    return copy
+
+
+def part_in_place(m: Tensor) -> Tensor:
+    copy = shown(m).clone()
+    copy[:, :, TOKENS // 2 :, : TOKENS // 2] = False
+    return copy
+
+
+def view_in_place(m: Tensor) -> Tensor:
+    copy = shown(m).contiguous()
+    copy[:, :, TOKENS // 2 :].logical_and_(m.flip(1)[:, None, None, :])
+    return copy
+
+
+def anded_in_place(m: Tensor) -> Tensor:
+    copy = kept = shown(m).clone()
+    copy &= torch.ones(TOKENS, TOKENS, dtype=torch.bool).tril()
+    return kept
+
+
+def product_in_place(m: Tensor) -> Tensor:
+    product = m[:, None, None, :] & m[:, None, :, None]
+    product[:, :, TOKENS // 2 :, : TOKENS // 2] = False
+    return product
+
+
+def base_in_place_between(m: Tensor) -> Tensor:
+    base = m.clone()
+    rows = base[:, None, None, :].clone()
+    base[:, : TOKENS // 2] = False
+    return rows & base[:, None, :, None]
+
+
+def base_in_place_before(m: Tensor) -> Tensor:
+    base = m.clone()
+    base[:, : TOKENS // 2] = False
+    return base[:, None, None, :] & base[:, None, :, None]
+
+
 MASKS: list[tuple[str, Any, MaskForm, Reason | None]] = [
     ("per key", lambda m: m[:, None, None, :], MaskForm.KEY_PADDING, None),
     ("one for the batch", lambda m: m[:1, None, None, :], MaskForm.KEY_PADDING, None),
@@ -60,6 +107,14 @@ MASKS: list[tuple[str, Any, MaskForm, Reason | None]] = [
         MaskForm.GENERAL,
         Reason.MASK,
     ),
+    ("shown and copied", lambda m: shown(m).contiguous(), MaskForm.KEY_PADDING, None),
+    ("a copy made causal in place", causal_in_place, MaskForm.GENERAL, Reason.MASK),
+    ("a copy of which a part is written", part_in_place, MaskForm.GENERAL, Reason.MASK),
+    ("a copy of which a view is written", view_in_place, MaskForm.GENERAL, Reason.MASK),
+    ("a copy that an operator writes", anded_in_place, MaskForm.GENERAL, Reason.MASK),
+    ("a product written in place", product_in_place, MaskForm.GENERAL, Reason.MASK),
+    ("a product of a tensor before and after a write", base_in_place_between, MaskForm.GENERAL, Reason.MASK),
+    ("a product of a tensor written before", base_in_place_before, MaskForm.OUTER, None),
     ("sum", lambda m: m[:, None, None, :] | m[:, None, :, None], MaskForm.GENERAL, Reason.MASK),
     (
         "square with its transpose",
