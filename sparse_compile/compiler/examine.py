@@ -96,12 +96,13 @@ def examine(
     """Capture and classify the graphs of one call. A model that does not get through it is told in `failure`.
 
     Args:
-        model: the module; nothing of it is changed.
+        model: the module; nothing of it is changed, but all that was compiled in this process is forgotten
+            (`torch.compiler.reset`).
         call: its keyword arguments.
         config: the options.
         eager: what `attention_calls` counted of the same call.
         parts: what is compiled one by one, of the model; none: the whole.
-        fullgraph: a graph break is an error, and shapes that depend on data stay in the graph, which is not run.
+        fullgraph: for the whole model: a graph break is an error, and shapes that depend on data stay in the graph, which is not run.
     """
     found = Examination(eager=eager)
     planner = Planner(load_strategy(config.method), config)

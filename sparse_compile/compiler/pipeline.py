@@ -33,6 +33,8 @@ from sparse_compile.strategies.catalogue import load_strategy
 
 log = logging.getLogger(__name__)
 
+OF_LENGTH = (Reason.TOO_SHORT, Reason.ONE_BLOCK)
+"""Reasons that a longer video would not have."""
 LIMIT_MARGIN = 3
 """Entries before Dynamo's recompile limit at which the report warns."""
 
@@ -142,7 +144,7 @@ def guard_lengths(sites: Iterable[Site], planner: Planner) -> None:
     short, or sparse although it is shorter than asked.
     """
     for site in sites:
-        if site.layout is not None and (site.sparse or site.reason is Reason.TOO_SHORT):
+        if site.layout is not None and (site.sparse or site.reason in OF_LENGTH):
             tokens = site.query.meta["example_value"].shape[-2]
             torch_internals.guard_least(site.layout.video_size(tokens), planner.fewest_tokens)
 

@@ -91,7 +91,9 @@ class AdaSpa:
         return Reason.ONE_BLOCK if blocks <= 1 else None
 
     def fewest_tokens(self, config: Config) -> int:
-        """A number of tokens, and one of blocks, the last of which may be short."""
+        """A number of tokens, and one of blocks, the last of which may be short; never a single block."""
+        if config.min_tokens is not None:
+            return max(config.min_tokens, config.block_size + 1)
         return max(FEWEST_TOKENS, (FEWEST_BLOCKS - 1) * config.block_size + 1)
 
     def effort(self, site: Site, config: Config) -> Effort:

@@ -133,10 +133,14 @@ class ExpectsEffort(Protocol):
 
 @runtime_checkable
 class NeedsTokens(Protocol):
-    """A Strategy that gains nothing below some number of video tokens. One that does not say so takes any."""
+    """A Strategy that gains nothing below some number of video tokens. One that does not say so takes any.
+
+    Its `unsupported_reason` refuses such a site. The number is what a graph of symbolic sizes is tied to, so that a
+    video on the other side of it is decided anew.
+    """
 
     def fewest_tokens(self, config: Config) -> int:
-        """Video tokens of a site below which it stays dense, unless ``min_tokens`` is a number."""
+        """Video tokens of a site below which it stays dense: ``min_tokens`` where that is a number, or more."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,10 +152,10 @@ class Planner:
 
     @property
     def fewest_tokens(self) -> int:
-        """Video tokens below which a site stays dense: ``min_tokens`` as a number, else the method's own floor."""
-        if self.config.min_tokens is not None:
-            return self.config.min_tokens
-        return self.strategy.fewest_tokens(self.config) if isinstance(self.strategy, NeedsTokens) else 0
+        """Video tokens below which a site stays dense, by ``min_tokens`` and the method."""
+        if isinstance(self.strategy, NeedsTokens):
+            return self.strategy.fewest_tokens(self.config)
+        return self.config.min_tokens or 0
 
     def phase(self, moment: Moment, searched: int | None) -> Phase:
         """`Strategy.phase` under these options."""

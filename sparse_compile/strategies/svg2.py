@@ -68,10 +68,12 @@ class Svg2:
     def unsupported_reason(self, site: Site, config: Config) -> Reason | None:
         """Too few tokens for the number of clusters, unless ``min_tokens`` says otherwise."""
         video = 0 if site.layout is None else site.layout.video_tokens
-        return Reason.TOO_SHORT if config.min_tokens is None and video < self.fewest_tokens(config) else None
+        return Reason.TOO_SHORT if video < self.fewest_tokens(config) else None
 
     def fewest_tokens(self, config: Config) -> int:
         """Some tokens a cluster; where their number follows the tokens, the least number of clusters decides."""
+        if config.min_tokens is not None:
+            return config.min_tokens
         q_clusters = QUERY_CLUSTERS[0] if config.q_clusters is None else config.q_clusters
         k_clusters = KEY_CLUSTERS[0] if config.k_clusters is None else config.k_clusters
         return TOKENS_PER_CLUSTER_FLOOR * max(q_clusters, k_clusters)

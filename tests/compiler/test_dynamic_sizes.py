@@ -104,6 +104,14 @@ def test_the_floor_holds_for_every_length_of_a_dynamic_graph(first: str, options
     assert sparse_compile.explain(model).compilations == compilations == 4
 
 
+def test_a_first_video_of_one_block_leaves_no_longer_one_dense() -> None:
+    model = Stack(1)
+    options = {"lowering": "eager", "dense_layers": 0, "min_tokens": 1, "method": "adaspa", "block_size": 100}
+    call = torch.compile(model, backend="sparse_attn", options=options, fullgraph=True)
+    for count, want in ((100, {("dense", "one_block")}), (101, SPARSE), (60, {("dense", "one_block")}), (300, SPARSE)):
+        assert decisions(call, model, count) == want
+
+
 @pytest.mark.slow
 def test_a_real_model_is_compiled_once_for_all_its_resolutions() -> None:
     model, kwargs = ltx()
