@@ -131,8 +131,7 @@ def _require_diffusers(caller: str, pipe: object) -> None:
 def _models_of(model_or_pipe: Any, caller: str) -> Mapping[str, nn.Module]:
     if isinstance(model_or_pipe, nn.Module):
         return {"": _original(model_or_pipe)}
-    components = getattr(model_or_pipe, "components", None)
-    if not isinstance(components, dict):
+    if not hasattr(type(model_or_pipe), "components"):
         raise SparseAttentionError(
             f"{caller} needs a module or a diffusers pipeline",
             type(model_or_pipe).__name__,

@@ -35,10 +35,9 @@ def enable_pipeline(pipe: Any, compilation: Compilation, options: Mapping[str, o
     Raises:
         SparseAttentionError: see `sparse_compile.enable`.
     """
-    from sparse_compile.integrations.diffusers import attach_pipeline
+    from sparse_compile.integrations.diffusers import attach_pipeline, check_pipeline
 
-    if not hasattr(pipe, "components"):
-        return attach_pipeline(pipe)  # which says what it needs
+    check_pipeline(pipe)
     models = _transformers(pipe)
     _check_untouched(models, registry)
     parts = {name: parts_to_compile(model, compilation.regional) for name, model in models.items()}

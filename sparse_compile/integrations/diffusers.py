@@ -12,8 +12,9 @@ import diffusers
 from torch import nn
 
 from sparse_compile.errors import SparseAttentionError
+from sparse_compile.integrations.method_hook import has_method
 from sparse_compile.integrations.pipeline_driver import PipelineDriver
-from sparse_compile.integrations.pipeline_frames import PIPELINES, nearest_pipeline
+from sparse_compile.integrations.pipeline_frames import PIPELINES, local_variable, nearest_pipeline
 from sparse_compile.runtime.clock import Clock
 from sparse_compile.runtime.registry import REGISTRY
 
@@ -35,16 +36,10 @@ def attach_pipeline(pipe: object) -> Clock:
         SparseAttentionError: it is no diffusers pipeline, or one of a version too old; it has no transformer, or no
             scheduler with `set_timesteps` and `step`; or another clock drives a transformer of it.
     """
-    if not isinstance(pipe, PIPELINES):
-        raise SparseAttentionError(
-            "attach needs a diffusers pipeline",
-            type(pipe).__name__,
-            "For a bare model use `with sparse_compile.denoising(model, steps=...)`.",
-        )
-    _check_version(diffusers.__version__)
+    check_pipeline(pipe)
     models = list(denoisers(pipe).values())
     scheduler = getattr(pipe, "scheduler", None)
-    if not models or not all(callable(getattr(scheduler, name, None)) for name in ("set_timesteps", "step")):
+    if not models or not all(has_method(scheduler, name) for name in ("set_timesteps", "step")):
         raise SparseAttentionError(
             "attach needs a pipeline with a scheduler and a transformer",
             f"{type(pipe).__name__}: scheduler {type(scheduler).__name__}, {len(models)} transformers",
@@ -52,10 +47,24 @@ def attach_pipeline(pipe: object) -> Clock:
         )
     clock = _clock_for(models)
     driver = _driver_of(clock) or PipelineDriver(clock)
-    if not driver.follows(pipe):
-        REGISTRY.attach(clock, driver)
-        driver.add(pipe, models)
+    REGISTRY.attach(clock, driver)
+    driver.add(pipe, models)
     return clock
+
+
+def check_pipeline(pipe: object) -> None:
+    """Refuse what is no pipeline, and one of a diffusers that is too old.
+
+    Raises:
+        SparseAttentionError: it is one of these.
+    """
+    if not isinstance(pipe, PIPELINES):
+        raise SparseAttentionError(
+            "attach needs a diffusers pipeline",
+            type(pipe).__name__,
+            "For a bare model use `with sparse_compile.denoising(model, steps=...)`.",
+        )
+    _check_version(diffusers.__version__)
 
 
 def _check_version(installed: str) -> None:
@@ -101,7 +110,7 @@ def _driver_of(clock: Clock) -> PipelineDriver | None:
 def denoisers(pipe: Any) -> dict[str, nn.Module]:
     """The models that a pipeline calls in each step, by component name; compiled ones as their originals."""
     found = {}
-    for name, component in pipe.components.items():
+    for name, component in vars(pipe).items():  # not `components`, which fails where one was registered later
         if isinstance(component, nn.Module) and name.startswith(DENOISERS):
             found[name] = getattr(component, "_orig_mod", component)
     return found
@@ -126,7 +135,7 @@ def find_on_stack() -> bool:
         return False
     driver = _driver_of(clock)
     assert driver is not None, "attaching makes one"
-    driver.join(frame.f_locals.get("progress_bar"))
+    driver.join(local_variable(frame, "progress_bar"))
     name = _open_branch(models)
     if name is not None:
         clock.join(name)
@@ -143,7 +152,7 @@ def _open_branch(models: list[nn.Module]) -> str | None:
         frame = generator.gi_frame
         if frame is None or generator.gi_code.co_name != "cache_context":
             continue
-        if any(frame.f_locals.get("self") is model for model in models):
-            name = frame.f_locals.get("name")
+        if any(local_variable(frame, "self") is model for model in models):
+            name = local_variable(frame, "name")
             return name if isinstance(name, str) else None
     return None

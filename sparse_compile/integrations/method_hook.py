@@ -10,6 +10,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 
+def has_method(owner: object, name: str) -> bool:
+    """Whether the class of an object has this method; one that lies on the object alone cannot be hooked."""
+    return callable(getattr(type(owner), name, None))
+
+
 class MethodHook:
     """Stands for one bound method of one instance; calls it, and tells of it.
 
@@ -57,15 +62,20 @@ class MethodHook:
         return getattr, (self.owner(), self._name)
 
     def remove(self) -> None:
-        """Give the method back; where somebody else has wrapped it since, just pass calls on."""
+        """Give the method back, from beneath later hooks too; if somebody else has wrapped it, pass calls on."""
         self._after = self._around = None
         owner = self.owner()
-        if owner is None or vars(owner).get(self._name) is not self:
+        if owner is None:
             return
-        if self._before is None:
+        above = vars(owner).get(self._name)
+        if above is self and self._before is None:
             delattr(owner, self._name)
-        else:
+        elif above is self:
             setattr(owner, self._name, self._before)
+        while isinstance(above, MethodHook):
+            if above._before is self:
+                above._before = self._before
+            above = above._before
 
     @contextlib.contextmanager
     def _both(self, name: str, inner: contextlib.AbstractContextManager[Any]) -> Iterator[Any]:

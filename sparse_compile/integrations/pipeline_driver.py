@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import nn
 
-from sparse_compile.integrations.method_hook import MethodHook
+from sparse_compile.integrations.method_hook import MethodHook, has_method
 from sparse_compile.integrations.pipeline_frames import nearest_pipeline
 from sparse_compile.runtime.clock import Clock, one_at_a_time
 from sparse_compile.runtime.registry import REGISTRY
@@ -43,14 +43,21 @@ class PipelineDriver:
         clock.recognises = self._recognises
 
     def add(self, pipe: Any, models: list[nn.Module]) -> None:
-        """Follow one more pipeline, and hear of the branches of these models; what is under way is joined."""
-        self._pipes.append(weakref.ref(pipe, self._pipe_died))
-        if hasattr(pipe, "progress_bar"):
-            self._hooks.append(MethodHook(pipe, "progress_bar", after=self._loop_begins))
+        """Follow a pipeline, and hear of the branches of these models; what is under way is joined.
+
+        Once more hooks only what is new: another scheduler, another model.
+        """
+        if not self.belongs_to(pipe):
+            self._pipes.append(weakref.ref(pipe, self._pipe_died))
+        self._hook(pipe, "progress_bar", after=self._loop_begins)
         for model in models:
-            if hasattr(model, "cache_context"):
-                self._hooks.append(MethodHook(model, "cache_context", around=self._context))
+            self._hook(model, "cache_context", around=self._context)
         self._follow_schedulers()
+
+    def _hook(self, owner: Any, name: str, **how: Any) -> None:
+        """Hook a method that an object may have, once."""
+        if has_method(owner, name) and not any(hook.owner() is owner for hook in self._hooks):
+            self._hooks.append(MethodHook(owner, name, **how))
 
     def join(self, bar: Any) -> None:
         """Follow the progress bar of a loop that had begun before its pipeline was found, if that has one."""
@@ -91,7 +98,7 @@ class PipelineDriver:
         for scheduler in (scheduler for key, scheduler in wanted.items() if key not in hooked):
             self._scheduler_hooks.append(MethodHook(scheduler, "set_timesteps", after=self._started))
             self._scheduler_hooks.append(MethodHook(scheduler, "step", after=self._stepped))
-            if hasattr(scheduler, "set_begin_index"):
+            if has_method(scheduler, "set_begin_index"):
                 self._scheduler_hooks.append(MethodHook(scheduler, "set_begin_index", after=self._started))
             if _has_timesteps(scheduler):
                 self._started(scheduler)
@@ -207,7 +214,8 @@ class Progress:
 
 def _is_updated(bar: object) -> bool:
     """Whether it is a progress bar that the loop updates itself, not one that it iterates over."""
-    return getattr(bar, "iterable", bar) is None and isinstance(getattr(bar, "total", None), int)
+    told = getattr(bar, "iterable", bar) is None and isinstance(getattr(bar, "total", None), int)
+    return told and has_method(bar, "update") and has_method(bar, "close")
 
 
 def _has_timesteps(scheduler: Any) -> bool:

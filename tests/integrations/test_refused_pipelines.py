@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -10,8 +13,9 @@ import diffusers
 import pytest
 import torch
 import video_pipelines as tiny
-from tiny_pipelines import OPTIONS, cog_pipeline, wan_pipeline
+from tiny_pipelines import FOUR, OPTIONS, cog_pipeline, expected, steps_of, wan_pipeline
 from toy_models import Stack
+from toy_pipeline import toy_pipeline
 from toy_pipelines import bare_pipeline, compiled_stack
 from video_pipeline_cases import wan_call
 from video_pipelines import embeds
@@ -76,6 +80,51 @@ def test_a_pipeline_that_cannot_be_attached_is_named_once(
         latents = pipe(4)
     torch.testing.assert_close(latents, bare_pipeline(Stack(2))(4))
     assert sum("BarePipeline is not attached" in record.getMessage() for record in caplog.records) == 1
+
+
+WITHOUT_MODULAR_PIPELINES = """
+import sys
+sys.modules["diffusers.modular_pipelines"] = None
+import diffusers, torch, sparse_compile
+from toy_models import Stack, tokens
+from toy_pipelines import bare_pipeline
+diffusers.__version__ = "0.30.0"
+with torch.no_grad():
+    found = torch.compile(Stack(1), backend="sparse_attn", options={"lowering": "eager", "min_tokens": 16})(tokens(64))
+    assert torch.allclose(found, Stack(1)(tokens(64)), atol=1e-5)
+try:
+    sparse_compile.attach(bare_pipeline())
+except sparse_compile.SparseAttentionError as error:
+    print(error)
+"""
+
+
+def test_a_diffusers_that_is_too_old_to_have_modular_pipelines_hinders_nobody_who_attaches_none() -> None:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_MODULAR_PIPELINES], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"from diffusers {LEAST_VERSION} on; got '0.30.0'" in done.stdout
+
+
+def test_a_component_that_was_registered_later_hinders_nothing() -> None:
+    pipe = toy_pipeline()
+    pipe.register_modules(extra=Stack(1))
+    with pytest.raises(ValueError, match="incorrectly initialized"):
+        pipe.components  # noqa: B018
+    want = pipe(4)
+    pipe.transformer.compile(backend="sparse_attn", options=OPTIONS)
+    assert not torch.equal(pipe(4), want)
+    assert steps_of(pipe) == expected(*FOUR, branches=("0",))
+    sparse_compile.disable(pipe)
+    pipe = toy_pipeline()
+    pipe.register_modules(extra=Stack(1))
+    sparse_compile.enable(pipe, **OPTIONS)
+    pipe(4)
+    assert steps_of(pipe) == expected(*FOUR, branches=("0",))
+    sparse_compile.disable(pipe)
+    assert torch.equal(pipe(4), want)
 
 
 def test_text_without_any_token_gives_what_eager_gives() -> None:
