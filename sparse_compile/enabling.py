@@ -24,7 +24,9 @@ TRANSFORMER = "transformer"
 
 
 def enable_pipeline(pipe: Any, compilation: Compilation, options: Mapping[str, object], registry: Registry) -> Clock:
-    """Attach a pipeline and compile its transformers; all of it or, on an error, nothing.
+    """Compile a pipeline's transformers and attach it; on an error, nothing of it stays.
+
+    What it replaces, the same transformers enabled with other options, is undone first, and lost on a later error.
 
     Args:
         pipe: a diffusers pipeline.
@@ -43,17 +45,18 @@ def enable_pipeline(pipe: Any, compilation: Compilation, options: Mapping[str, o
     parts = {name: parts_to_compile(model, compilation.regional) for name, model in models.items()}
     if _is_enabled_otherwise(pipe, models.values(), compilation, registry):
         disable_models(pipe, models.values(), registry)
-    before = registry.clocks()
-    clock = attach_pipeline(pipe)
+    new = {name: model for name, model in models.items() if model not in registry.enabled}
     try:
-        for name, model in models.items():
-            if model not in registry.enabled:
-                registry.enabled[model] = _compiled(name, model, parts[name], compilation, options)
-            registry.enabled[model].pipelines.add(pipe)
+        for name, model in new.items():
+            registry.enabled[model] = _compiled(name, model, parts[name], compilation, options)
+        clock = attach_pipeline(pipe)
     except Exception:
-        if clock not in before:
-            disable_models(pipe, (), registry)
+        for model in new.values():
+            if model in registry.enabled:
+                registry.enabled.pop(model).undo()
         raise
+    for model in models.values():
+        registry.enabled[model].pipelines.add(pipe)
     return clock
 
 

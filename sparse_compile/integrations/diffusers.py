@@ -84,6 +84,7 @@ def _clock_for(models: list[nn.Module]) -> Clock:
     Raises:
         SparseAttentionError: a model is another clock's; then nothing has changed.
     """
+    models = list(dict.fromkeys(models))
     known = list(dict.fromkeys(clock for model in models if (clock := REGISTRY.attached_clock(model)) is not None))
     if len(known) > 1:
         raise SparseAttentionError(
@@ -92,14 +93,11 @@ def _clock_for(models: list[nn.Module]) -> Clock:
             "`sparse_compile.disable` those pipelines, and attach the one that has all of the transformers first.",
         )
     clock = known[0] if known else Clock()
-    for model in models:
-        if REGISTRY.attached_clock(model) is None:
-            try:
-                REGISTRY.claim(model, clock)
-            except SparseAttentionError:
-                if not known:
-                    REGISTRY.release(clock)
-                raise
+    free = [model for model in models if REGISTRY.attached_clock(model) is None]
+    for model in free:
+        REGISTRY.check_unclaimed(model)
+    for model in free:
+        REGISTRY.claim(model, clock)
     return clock
 
 

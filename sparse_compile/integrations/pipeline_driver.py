@@ -38,7 +38,8 @@ class PipelineDriver:
         """Whose generation it is."""
         self._caller: weakref.ref[Any] | None = None
         """The pipeline that started the generation; None where somebody's own loop did."""
-        self._thread = 0
+        self._thread: int | None = None
+        """In which it runs; None where no loop was seen yet."""
         self._steps_done = 0
         clock.recognises = self._recognises
 
@@ -102,6 +103,8 @@ class PipelineDriver:
                 self._scheduler_hooks.append(MethodHook(scheduler, "set_begin_index", after=self._started))
             if _has_timesteps(scheduler):
                 self._started(scheduler)
+                if self._caller is None:  # perhaps nobody's loop: schedulers are made with timesteps
+                    self._thread = None
 
     def _pipe_died(self, _: object) -> None:
         """Leave the clock to the other pipelines of the same transformer, or stop it."""
@@ -115,14 +118,17 @@ class PipelineDriver:
         """Whether the call under way comes from the loop whose generation it is.
 
         Raises:
-            SparseAttentionError: it comes from the same kind of loop in another thread.
+            SparseAttentionError: that loop still runs, and this is one of its kind (a pipeline's or somebody's own) in
+                another thread.
         """
         self._follow_schedulers()
         found = nearest_pipeline()
+        pipe = None if found is None else found[0]
         caller = None if self._caller is None else self._caller()
-        if caller is not None and found is not None and self._thread != threading.get_ident():
-            raise one_at_a_time("a call from another thread than the pipeline's that began last")
-        return (found[0] if found is not None else None) is caller
+        same_kind = (pipe is None) == (caller is None)
+        if same_kind and not self._clock.over and self._thread not in (None, threading.get_ident()):
+            raise one_at_a_time("a call from another thread than the loop's that began last")
+        return pipe is caller
 
     # ------------------------------------------------------------------ what is heard
 

@@ -172,20 +172,28 @@ class Registry:
             SparseAttentionError: another clock has it, or it has no Parameters.
         """
         with self._lock:
-            parameters = list(model.parameters())
-            if not parameters:
-                raise SparseAttentionError(
-                    "a clock needs a model with Parameters", type(model).__name__, "Give the transformer."
-                )
-            if any(parameter in self._claims for parameter in parameters):
-                raise SparseAttentionError(
-                    "a model is driven by one clock at a time",
-                    type(model).__name__,
-                    "Leave the other `denoising` block first, or `disable` the pipeline that has it.",
-                )
+            self.check_unclaimed(model)
             claim = clock.claim(model)
-            self._file(claim, parameters)
+            self._file(claim, list(model.parameters()))
             return claim
+
+    def check_unclaimed(self, model: nn.Module) -> None:
+        """Refuse a model that no clock can claim now.
+
+        Raises:
+            SparseAttentionError: another clock has it, or it has no Parameters.
+        """
+        parameters = list(model.parameters())
+        if not parameters:
+            raise SparseAttentionError(
+                "a clock needs a model with Parameters", type(model).__name__, "Give the transformer."
+            )
+        if any(parameter in self._claims for parameter in parameters):
+            raise SparseAttentionError(
+                "a model is driven by one clock at a time",
+                type(model).__name__,
+                "Leave the other `denoising` block first, or `disable` the pipeline that has it.",
+            )
 
     def claim_of(self, parameter: object) -> Claim | None:
         """The claim of a Parameter; a Parameter that a claimed model took in later is found too."""

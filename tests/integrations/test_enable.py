@@ -321,6 +321,38 @@ def test_a_failing_enable_leaves_the_pipeline_attached_that_was() -> None:
     assert REGISTRY.attached_clock(pipe.transformer) is clock
 
 
+def test_an_enable_that_fails_leaves_what_was_attached_and_compiles_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = toy_pipeline(second=ToyTransformer())
+    clock = sparse_compile.attach(pipe)
+    last = pipe.transformer_2.blocks[1]
+    original = torch.compile
+
+    def refuse(forward: Any, **how: Any) -> Any:
+        if forward.__self__ is last:
+            raise RuntimeError
+        return original(forward, **how)
+
+    monkeypatch.setattr(torch, "compile", refuse)
+    before = snapshot(pipe)[0]
+    with pytest.raises(RuntimeError):
+        sparse_compile.enable(pipe, **QUICK)
+    assert snapshot(pipe)[0] == before
+    assert pipe.transformer not in REGISTRY.enabled
+    assert REGISTRY.attached_clock(pipe.transformer) is clock
+
+
+def test_an_enable_that_cannot_attach_compiles_nothing() -> None:
+    pipe = toy_pipeline(second=ToyTransformer())
+    before = snapshot(pipe)[0]
+    with (
+        sparse_compile.denoising(pipe.transformer_2, steps=4),
+        pytest.raises(SparseAttentionError, match="one clock at a time"),
+    ):
+        sparse_compile.enable(pipe, **QUICK)
+    assert snapshot(pipe)[0] == before
+    assert not REGISTRY.enabled
+
+
 # ---------------------------------------------------------------------- a real model
 
 

@@ -15,7 +15,7 @@ import torch
 import video_pipelines as tiny
 from tiny_pipelines import FOUR, OPTIONS, cog_pipeline, expected, steps_of, wan_pipeline
 from toy_models import Stack
-from toy_pipeline import toy_pipeline
+from toy_pipeline import ToyTransformer, toy_pipeline
 from toy_pipelines import bare_pipeline, compiled_stack
 from video_pipeline_cases import wan_call
 from video_pipelines import embeds
@@ -69,6 +69,19 @@ def test_a_second_transformer_joins_the_clock_of_the_first() -> None:
     clock = sparse_compile.attach(other)
     assert sparse_compile.attach(pipe) is clock
     assert REGISTRY.attached_clock(pipe.transformer_2) is clock
+
+
+def test_an_attach_that_fails_claims_no_model_for_the_clock_it_found() -> None:
+    pipe = toy_pipeline(second=ToyTransformer())
+    third = ToyTransformer()
+    pipe.register_modules(transformer_3=third)
+    other = bare_pipeline(pipe.transformer)
+    clock = sparse_compile.attach(other)
+    with sparse_compile.denoising(third, steps=4), pytest.raises(SparseAttentionError, match="one clock at a time"):
+        sparse_compile.attach(pipe)
+    assert REGISTRY.attached_clock(pipe.transformer) is clock
+    with sparse_compile.denoising(pipe.transformer_2, steps=4):
+        pass
 
 
 def test_a_pipeline_that_cannot_be_attached_is_named_once(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -131,4 +132,43 @@ def test_a_model_driven_by_two_threads_raises_in_the_one_that_began_first() -> N
     with pytest.raises(SparseAttentionError, match="one generation at a time"):
         pipe(4, after_step=begin)
     assert "first" in found
+    assert torch.equal(pipe(4), alone())
+
+
+def in_thread(function: Callable[[], object]) -> None:
+    """Run it in another thread, and raise what it raises."""
+    with ThreadPoolExecutor(1) as pool, torch.no_grad():
+        pool.submit(torch.no_grad()(function)).result()
+
+
+def test_loops_of_ones_own_in_two_threads_raise_in_the_one_that_began_first() -> None:
+    pipe = bare_pipeline(compiled_stack())
+    sparse_compile.attach(pipe)
+
+    def begin() -> None:
+        pipe.scheduler.set_timesteps(4)
+        pipe.transformer(tokens())
+
+    with torch.no_grad():
+        begin()
+        in_thread(begin)
+        with pytest.raises(SparseAttentionError, match="one generation at a time"):
+            pipe.transformer(tokens())
+
+
+class WithPreview(BarePipeline):
+    def preview(self) -> Tensor:
+        found: Tensor = self.transformer(tokens())
+        return found
+
+
+@pytest.mark.parametrize("run", [True, False], ids=["after a run", "before any"])
+def test_where_no_loop_runs_a_call_from_another_thread_is_no_error(run: bool) -> None:
+    pipe = WithPreview(compiled_stack(), bare_pipeline().scheduler)
+    sparse_compile.attach(pipe)
+    if run:
+        pipe(4)
+    in_thread(pipe.preview)
+    in_thread(lambda: pipe.transformer(tokens()))
+    in_thread(lambda: pipe(4))
     assert torch.equal(pipe(4), alone())
