@@ -102,7 +102,8 @@ def examine(
         config: the options.
         eager: what `attention_calls` counted of the same call.
         parts: what is compiled one by one, of the model; none: the whole.
-        fullgraph: for the whole model: a graph break is an error, and shapes that depend on data stay in the graph, which is not run.
+        fullgraph: for the whole model: a graph break is an error, and shapes that depend on data stay in the graph,
+            which is not run.
     """
     found = Examination(eager=eager)
     planner = Planner(load_strategy(config.method), config)
