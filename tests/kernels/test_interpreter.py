@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "tests" / "triton_kernels").glob("test_*.py"))
 
 
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("speed", ["quick", pytest.param("slow", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("file", FILES, ids=[file.stem for file in FILES])
 def test_kernels_are_right_in_the_interpreter(file: Path, speed: str) -> None:
