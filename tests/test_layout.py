@@ -17,11 +17,15 @@ PACKAGE = ROOT / "sparse_compile"
 SOURCE_FOLDERS = ("sparse_compile", "tests", "examples", "benchmarks", "training")
 LONGEST_FILE = 400
 
-LEAVES = ("budgets", "call_log", "config", "errors", "option_values", "phases", "plan", "presets", "sites")
+LEAVES = (
+    *("budgets", "call_log", "config", "errors", "oldest_versions", "option_values"),
+    *("phases", "plan", "presets", "sites"),
+)
 MAY_IMPORT = {
     "errors": (),
     "phases": (),
     "plan": (),
+    "oldest_versions": (),
     "option_values": (),
     "presets": (),
     "budgets": (),

@@ -20,10 +20,9 @@ from sparse_compile.compiler.kernel_choice import why_not_triton
 from sparse_compile.config import ENV_PREFIX, FOREIGN_VARIABLES, Config, belongs, declared_options
 from sparse_compile.errors import SparseAttentionError
 from sparse_compile.kernels.cpp import build, isa
+from sparse_compile.oldest_versions import is_too_old, oldest
 
 BACKEND = "sparse_attn"
-OLDEST = {"torch": (2, 11), "diffusers": (0, 42)}
-"""The least versions that are supported, as pyproject.toml has them."""
 PACKAGES = ("torch", "triton", "diffusers", "transformers", "accelerate", "torchao", "peft")
 """Whose version matters when something does not work; all but torch may be missing."""
 VARIABLES = re.compile(r"TORCH_LOGS|TORCH_COMPILE_DISABLE|TORCHDYNAMO_\w+|TORCHINDUCTOR_\w+|TRITON_\w+|CXX")
@@ -72,12 +71,9 @@ def check_versions() -> list[Finding]:
 
 def _check_package(name: str) -> Finding:
     installed = str(torch.__version__) if name == "torch" else _version(name)
-    numbers = re.match(r"(\d+)\.(\d+)", installed)
-    oldest = OLDEST.get(name)
-    if oldest is None or numbers is None or (int(numbers[1]), int(numbers[2])) >= oldest:
+    if not is_too_old(name, installed):
         return Finding(name, installed)
-    wanted = ".".join(map(str, oldest))
-    return Finding(name, installed, f"{name} >= {wanted} is needed: pip install --upgrade {name}")
+    return Finding(name, installed, f"{name} >= {oldest(name)} is needed: pip install --upgrade {name}")
 
 
 def check_devices() -> list[Finding]:

@@ -19,9 +19,9 @@ from torch.overrides import TorchFunctionMode
 
 from sparse_compile.compiler import torch_internals
 from sparse_compile.compiler.in_place import CompiledInPlace
-from sparse_compile.compiler.pipeline import find_sites
+from sparse_compile.compiler.pipeline import find_sites, input_positions
 from sparse_compile.config import Config
-from sparse_compile.runtime.report import SiteRecord
+from sparse_compile.runtime.report import SiteRecord, layer_name
 from sparse_compile.sites import Site
 from sparse_compile.strategies.base import ExpectsEffort, Planner
 from sparse_compile.strategies.catalogue import load_strategy
@@ -131,7 +131,7 @@ def examine(
 
 def _names(model: nn.Module) -> dict[int, str]:
     """The module around the projection of each Parameter, by the Parameter's identity."""
-    return {id(parameter): ".".join(name.split(".")[:-2]) for name, parameter in model.named_parameters()}
+    return {id(parameter): layer_name("", name) for name, parameter in model.named_parameters()}
 
 
 def first_line(error: BaseException) -> str:
@@ -198,9 +198,8 @@ class _Recorder:
     def __call__(self, graph_module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         """Classify a graph; what comes back runs it."""
         sites = find_sites(graph_module, inputs, torch_internals.graph_inputs(graph_module), self._planner)
-        placeholders = graph_module.graph.find_nodes(op="placeholder")
-        position = {node: place for place, node in enumerate(placeholders)}
-        examined = [(None if s.owner is None else position[s.owner], self._examined(s)) for s in sites]
+        positions = input_positions(graph_module)
+        examined = [(None if s.owner is None else positions[s.owner], self._examined(s)) for s in sites]
         piece = Piece(len(sites), torch_internals.break_reason(graph_module))
         self._found.pieces.append(piece)
         forward = graph_module.forward

@@ -249,7 +249,7 @@ def _region(
     planner: Planner,
     registry: Registry,
 ) -> Region:
-    positions = _positions(graph_module)
+    positions = input_positions(graph_module)
     records = _records(graph_module, sites, kernel)
     owners = [positions[layer.owner] for layer in layers]
     symbols = torch_internals.symbolic_inputs(graph_module)
@@ -264,21 +264,21 @@ def _witnessed(
     registry: Registry,
 ) -> Callable[..., Any]:
     """A graph without sparse sites. Its calls are noted where somebody asks: in the report, and under ``strict``."""
-    positions = _positions(graph_module)
+    positions = input_positions(graph_module)
     anchors = [at for node, at in positions.items() if torch_internals.parameter_of(node) is not None]
     if not anchors or not (records or planner.config.strict):
         return compiled
     return Witness(compiled, anchors[0], records, planner, registry)
 
 
-def _positions(graph_module: fx.GraphModule) -> dict[fx.Node, int]:
+def input_positions(graph_module: fx.GraphModule) -> dict[fx.Node, int]:
     """Where each placeholder stands among the arguments of a call."""
     return {node: at for at, node in enumerate(graph_module.graph.find_nodes(op="placeholder"))}
 
 
 def _records(graph_module: fx.GraphModule, sites: Sequence[Site], kernel: KernelChoice) -> list[OwnedRecord]:
     """What the report is told of the sites whose layer can be named."""
-    positions = _positions(graph_module)
+    positions = input_positions(graph_module)
     return [(positions[site.owner], SiteRecord.of(site, *kernel)) for site in sites if site.owner is not None]
 
 

@@ -192,7 +192,8 @@ def symbols_of(size: int | torch.SymInt) -> frozenset[Any]:
 def is_compiled(module: torch.nn.Module) -> bool:
     """Whether a module is the wrapper that `torch.compile` returns, was compiled in place, or its forward was."""
     forward = vars(module).get("forward")
-    return "_orig_mod" in module._modules or compiled_call(module) is not None or hasattr(forward, ORIGINAL_CALLABLE)
+    in_place = module._compiled_call_impl is not None
+    return "_orig_mod" in module._modules or in_place or hasattr(forward, ORIGINAL_CALLABLE)
 
 
 def guard_least(size: int | torch.SymInt, least: int) -> None:
@@ -202,11 +203,6 @@ def guard_least(size: int | torch.SymInt, least: int) -> None:
     """
     if isinstance(size, torch.SymInt) and not free_unbacked_symbols(size):
         bool(size >= least)
-
-
-def compiled_call(module: torch.nn.Module) -> object:
-    """What `Module.compile` put in place of the module's call; None where it was not called."""
-    return module._compiled_call_impl
 
 
 def fake_mode() -> AbstractContextManager[Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import logging
-import re
 from types import GeneratorType
 from typing import Any
 
@@ -15,12 +14,13 @@ from sparse_compile.errors import SparseAttentionError
 from sparse_compile.integrations.method_hook import has_method
 from sparse_compile.integrations.pipeline_driver import PipelineDriver
 from sparse_compile.integrations.pipeline_frames import PIPELINES, local_variable, nearest_pipeline
+from sparse_compile.oldest_versions import is_too_old, oldest
 from sparse_compile.runtime.clock import Clock
 from sparse_compile.runtime.registry import REGISTRY
 
 log = logging.getLogger(__name__)
 
-LEAST_VERSION = "0.42"
+LEAST_VERSION = oldest("diffusers")
 """Of diffusers: the oldest one whose pipelines the tests drive; the extras of the package ask for the same."""
 
 DENOISERS = ("transformer", "unet", "controlnet", "prior")
@@ -68,8 +68,7 @@ def check_pipeline(pipe: object) -> None:
 
 
 def _check_version(installed: str) -> None:
-    numbers = [[*map(int, re.findall(r"\d+", version)[:2])] for version in (installed, LEAST_VERSION)]
-    if numbers[0] < numbers[1]:
+    if is_too_old("diffusers", installed):
         raise SparseAttentionError(
             f"pipelines are driven from diffusers {LEAST_VERSION} on",
             installed,

@@ -175,7 +175,7 @@ def build_report(models: Mapping[str, nn.Module], registry: Registry) -> Report:
         if enabled is not None:
             report.compiled.append(f"{prefix or type(model).__name__}: {enabled.choice}")
             report.warnings += [enabled.warning] if enabled.warning else []
-        names = {parameter: _path(prefix, name) for name, parameter in model.named_parameters()}
+        names = {parameter: layer_name(prefix, name) for name, parameter in model.named_parameters()}
         for parameter, records in registry.recorded(names):
             path = names[parameter]  # type: ignore[index]  # a Parameter
             report.compilations += len(records.graphs)
@@ -238,7 +238,7 @@ def _warnings_of_time(layers: Sequence[Layer], timed: bool) -> list[str]:
     return warnings
 
 
-def _path(prefix: str, parameter: str) -> str:
+def layer_name(prefix: str, parameter: str) -> str:
     """The module around the projection that a Parameter belongs to: the name of a layer."""
     return ".".join([*([prefix] if prefix else []), *parameter.split(".")[:-2]])
 

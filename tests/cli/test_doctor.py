@@ -11,6 +11,7 @@ from sparse_compile.cli import caches, doctor
 from sparse_compile.cli.main import main
 from sparse_compile.kernels.cpp import build
 from sparse_compile.kernels.cpp.isa import detected
+from sparse_compile.oldest_versions import OLDEST
 
 
 def test_a_sound_installation_has_no_problem(capsys):
@@ -85,7 +86,7 @@ def test_the_findings_are_printed_as_json_too(capsys):
 def test_the_least_versions_are_those_of_the_package():
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
     requirements = [*project["dependencies"], *project["optional-dependencies"]["diffusers"]]
-    for name, version in doctor.OLDEST.items():
+    for name, version in OLDEST.items():
         assert f"{name}>={'.'.join(map(str, version))}" in requirements
 
 
