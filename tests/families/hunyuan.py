@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
-from families.building import Noise, built
-from families.case import SPARSE, Built, Case, Regional, Row
+from families.building import Noise, built, padding
+from families.case import SPARSE, Built, Case, Inputs, Regional, Row
 
 HUNYUAN_VIDEO = {
     "in_channels": 4,
@@ -24,40 +24,32 @@ HUNYUAN_VIDEO = {
 }
 
 
+def inputs(*video: int) -> Inputs:
+    """Latents of this shape, and a prompt of 14 tokens of which 9 are valid."""
+    noise = Noise()
+    return {
+        "hidden_states": noise(*video),
+        "timestep": torch.tensor([700]),
+        "encoder_hidden_states": noise(1, 14, 24),
+        "encoder_attention_mask": padding(1, 14, 9),
+        "pooled_projections": noise(1, 20),
+        "guidance": torch.tensor([6000.0]),
+    }
+
+
 def hunyuan_video() -> Built:
     """Joint attention, video first, with a key-padding mask; the text refiner attends among text."""
     from diffusers import HunyuanVideoTransformer3DModel
 
-    noise = Noise()
-    mask = torch.ones(1, 14)
-    mask[:, 9:] = 0
-    model = built(HunyuanVideoTransformer3DModel, **HUNYUAN_VIDEO)
-    return model, {
-        "hidden_states": noise(1, 4, 5, 16, 16),
-        "timestep": torch.tensor([700]),
-        "encoder_hidden_states": noise(1, 14, 24),
-        "encoder_attention_mask": mask,
-        "pooled_projections": noise(1, 20),
-        "guidance": torch.tensor([6000.0]),
-    }
+    return built(HunyuanVideoTransformer3DModel, **HUNYUAN_VIDEO), inputs(1, 4, 5, 16, 16)
 
 
 def hunyuan_video_i2v() -> Built:
     """Image to video by a replaced first frame: its tokens are cut off, modulated and put back in every layer."""
     from diffusers import HunyuanVideoTransformer3DModel
 
-    noise = Noise()
-    mask = torch.ones(1, 14)
-    mask[:, 9:] = 0
     model = built(HunyuanVideoTransformer3DModel, **HUNYUAN_VIDEO, image_condition_type="token_replace")
-    return model, {
-        "hidden_states": noise(1, 4, 4, 16, 12),
-        "timestep": torch.tensor([700]),
-        "encoder_hidden_states": noise(1, 14, 24),
-        "encoder_attention_mask": mask,
-        "pooled_projections": noise(1, 20),
-        "guidance": torch.tensor([6000.0]),
-    }
+    return model, inputs(1, 4, 4, 16, 12)
 
 
 def hunyuan_video_15() -> Built:
@@ -65,9 +57,7 @@ def hunyuan_video_15() -> Built:
     from diffusers import HunyuanVideo15Transformer3DModel
 
     noise = Noise()
-    masks = torch.ones(1, 14), torch.ones(1, 6)
-    masks[0][:, 9:] = 0
-    masks[1][:, 4:] = 0
+    masks = padding(1, 14, 9), padding(1, 6, 4)
     model = built(
         HunyuanVideo15Transformer3DModel,
         in_channels=4,
@@ -99,8 +89,7 @@ def framepack() -> Built:
     from diffusers import HunyuanVideoFramepackTransformer3DModel
 
     noise = Noise()
-    mask = torch.ones(1, 14)
-    mask[:, 9:] = 0
+    mask = padding(1, 14, 9)
     model = built(
         HunyuanVideoFramepackTransformer3DModel,
         **HUNYUAN_VIDEO,
@@ -131,9 +120,7 @@ def hunyuan_image() -> Built:
     from diffusers import HunyuanImageTransformer2DModel
 
     noise = Noise()
-    masks = torch.ones(1, 14), torch.ones(1, 6)
-    masks[0][:, 9:] = 0
-    masks[1][:, 4:] = 0
+    masks = padding(1, 14, 9), padding(1, 6, 4)
     model = built(
         HunyuanImageTransformer2DModel,
         in_channels=4,

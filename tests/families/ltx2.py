@@ -70,52 +70,28 @@ def sana_wm_refiner() -> Built:
     }
 
 
+BLOCK = {
+    Row("self", "video:192", 192, "none", "", SPARSE): 1,
+    Row("audio-self", "audio:31", 31, "none", "", "audio_only"): 1,
+    Row("cross", "video:192", 22, "key_bias", "", CROSS): 1,
+    Row("audio-cross", "audio:31", 22, "key_bias", "", CROSS): 1,
+    Row("cross", "video:192", 31, "none", "", CROSS): 1,
+    Row("audio-cross", "audio:31", 192, "none", "", CROSS): 1,
+}
+"""The attentions of one block, which is all that the models have."""
+
 CASES = (
     Case(
         "LTX-2",
         ltx2,
-        whole={
-            Row("self", "video:192", 192, "none", "", SPARSE): 1,
-            Row("audio-self", "audio:31", 31, "none", "", "audio_only"): 1,
-            Row("cross", "video:192", 22, "key_bias", "", CROSS): 1,
-            Row("audio-cross", "audio:31", 22, "key_bias", "", CROSS): 1,
-            Row("cross", "video:192", 31, "none", "", CROSS): 1,
-            Row("audio-cross", "audio:31", 192, "none", "", CROSS): 1,
-        },
-        regional=Regional(
-            1,
-            {
-                Row("self", "video:192", 192, "none", "", SPARSE): 1,
-                Row("audio-self", "audio:31", 31, "none", "", "audio_only"): 1,
-                Row("cross", "video:192", 22, "key_bias", "", CROSS): 1,
-                Row("audio-cross", "audio:31", 22, "key_bias", "", CROSS): 1,
-                Row("cross", "video:192", 31, "none", "", CROSS): 1,
-                Row("audio-cross", "audio:31", 192, "none", "", CROSS): 1,
-            },
-        ),
+        whole=BLOCK,
+        regional=Regional(1, BLOCK),
     ),
     Case(
         "LTX-2.3",
         ltx23,
-        whole={
-            Row("self", "video:192", 192, "none", "", SPARSE): 1,
-            Row("audio-self", "audio:31", 31, "none", "", "audio_only"): 1,
-            Row("cross", "video:192", 22, "key_bias", "", CROSS): 1,
-            Row("audio-cross", "audio:31", 22, "key_bias", "", CROSS): 1,
-            Row("cross", "video:192", 31, "none", "", CROSS): 1,
-            Row("audio-cross", "audio:31", 192, "none", "", CROSS): 1,
-        },
-        regional=Regional(
-            1,
-            {
-                Row("self", "video:192", 192, "none", "", SPARSE): 1,
-                Row("audio-self", "audio:31", 31, "none", "", "audio_only"): 1,
-                Row("cross", "video:192", 22, "key_bias", "", CROSS): 1,
-                Row("audio-cross", "audio:31", 22, "key_bias", "", CROSS): 1,
-                Row("cross", "video:192", 31, "none", "", CROSS): 1,
-                Row("audio-cross", "audio:31", 192, "none", "", CROSS): 1,
-            },
-        ),
+        whole=BLOCK,
+        regional=Regional(1, BLOCK),
     ),
     Case(
         "SANA-WM, refiner",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from families.building import Noise, built
+from families.building import Noise, built, padding
 from families.case import CROSS, SPARSE, Built, Case, Regional, Row
 
 
@@ -12,8 +12,7 @@ def sana_video() -> Built:
     from diffusers import SanaVideoTransformer3DModel
 
     noise = Noise()
-    mask = torch.ones(1, 13)
-    mask[:, 9:] = 0
+    mask = padding(1, 13, 9)
     model = built(
         SanaVideoTransformer3DModel,
         in_channels=4,
@@ -41,8 +40,7 @@ def sana_wm() -> Built:
     from diffusers import SanaWMTransformer3DModel
 
     noise = Noise()
-    mask = torch.ones(1, 13)
-    mask[:, 9:] = 0
+    mask = padding(1, 13, 9)
     model = built(
         SanaWMTransformer3DModel,
         in_channels=8,
